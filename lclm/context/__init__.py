@@ -1,0 +1,1 @@
+"""Context parallelism: which rank holds which tokens of a row, and what must travel."""
