@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -98,7 +99,7 @@ class RowPlan:
                     f"rank {rank} holds {tokens} tokens; each of {self.cp_size} ranks must hold "
                     f"{self.row_length}/{self.cp_size}"
                 )
-            if any(a[1] > b[0] for a, b in zip(spans, spans[1:], strict=False)):
+            if any(a[1] > b[0] for a, b in pairwise(spans)):
                 raise ValueError(f"spans of rank {rank} are not sorted: {spans}")
         end_before = 0
         for start, end in sorted(span for spans in self.chunks for span in spans):
@@ -167,7 +168,7 @@ class RowPlan:
     def digest(self) -> str:
         """SHA-256 (hex) of documents and chunks; equal on all ranks iff they hold one plan."""
         spans = [(rank, *span) for rank in range(self.cp_size) for span in self.chunks[rank]]
-        content = hashlib.sha256(np.int64([self.cp_size, len(self.doc_lengths)]).tobytes())
+        content = hashlib.sha256(f"{self.cp_size} {len(self.doc_lengths)} ".encode())
         content.update(self.doc_lengths.tobytes())
         content.update(np.asarray(spans, dtype=np.int64).tobytes())
         return content.hexdigest()
