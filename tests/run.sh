@@ -6,18 +6,18 @@
 #   bash tests/run.sh long     those marked long
 #   bash tests/run.sh py312    .venv312: Python 3.12, megatron-core 0.19, the tests of the trainer
 #
-# Words after the first go on to pytest: bash tests/run.sh quick -k rope
+# Further words go on to pytest: bash tests/run.sh quick -k rope
 # Exit code 0 only if everything passed; pytest's summary is the last line.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/environment.sh
 
-suite=${1:-default}
-[ $# -gt 0 ] && shift
-case "$suite" in
-  default | quick | long | py312) ;;
+suite=default
+case "${1:--}" in
+  quick | long | py312) suite=$1 && shift ;;
+  -*) ;;
   *)
-    echo "error: tests/run.sh: unknown suite '$suite'; one of: quick, long, py312, or none" >&2
+    echo "error: tests/run.sh: unknown suite '$1'; one of: quick, long, py312, or none" >&2
     exit 2
     ;;
 esac
