@@ -1,0 +1,490 @@
+"""The whole configuration of a run: a TOML file, dotted overrides, and one frozen tree of sections.
+
+Every field has its unit and meaning in the string below it. A field that is not known is an error
+that suggests the nearest name. Rules that join several sections are the small functions named
+`_check_*` at the end; each raises `ConfigError` with the field, the values, the rule and the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run. The message names field, value, rule and remedy."""
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, and unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class RunConfig(Section):
+    """Where a run lives."""
+
+    dir: str
+    """Run folder: resolved config, metrics, checkpoints, tensorboard."""
+
+
+class RopeScaling(Section):
+    """Frequency scaling of the rotary embedding that a model was trained with."""
+
+    type: Literal["llama3", "linear"]
+    """`llama3`: Llama-3.1's smooth band scaling. `linear`: position interpolation."""
+    factor: float = Field(gt=1.0)
+    """How many times slower the scaled frequencies turn."""
+    low_freq_factor: float = Field(default=1.0, gt=0)
+    """`llama3` only: wavelengths above original_length / low_freq_factor are scaled in full."""
+    high_freq_factor: float = Field(default=4.0, gt=0)
+    """`llama3` only: wavelengths below original_length / high_freq_factor are left alone."""
+    original_length: int = Field(default=8192, gt=0)
+    """`llama3` only: context length in tokens of the unscaled model."""
+
+
+class ModelConfig(Section):
+    """Architecture. The sizes are those of `config.json` in a Hugging Face Llama folder."""
+
+    family: Literal["llama"] = "llama"
+    """Model family; decides names and layout in conversion."""
+    num_layers: int = Field(gt=0)
+    """Transformer layers."""
+    hidden_size: int = Field(gt=0)
+    """Width D of the residual stream."""
+    ffn_hidden_size: int = Field(gt=0)
+    """Width F of the SwiGLU feed-forward."""
+    num_attention_heads: int = Field(gt=0)
+    """Query heads N."""
+    num_kv_heads: int = Field(gt=0)
+    """Key and value heads K; divides num_attention_heads."""
+    head_dim: int = Field(default=0, ge=0)
+    """Head size H; 0 means hidden_size / num_attention_heads."""
+    vocab_size: int = Field(gt=0)
+    """Rows V of the embedding; at least the tokenizer's vocabulary."""
+    norm_eps: float = Field(default=1e-5, gt=0)
+    """Epsilon inside the RMS norms."""
+    tie_embeddings: bool = False
+    """Whether the output layer is the transposed input embedding."""
+    init_std: float = Field(default=0.02, gt=0)
+    """Standard deviation of the initial weights (norms start at one)."""
+    init_from: str = ""
+    """Checkpoint folder whose weights (only) start this run; empty: random initial weights."""
+    rope_scaling: RopeScaling | None = None
+    """Rotary frequency scaling; none for Llama 2 and Llama 3."""
+
+    @property
+    def head_size(self) -> int:
+        """Head size H."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    def num_parameters(self) -> int:
+        """Parameters of the whole model."""
+        qkv = (self.num_attention_heads + 2 * self.num_kv_heads) * self.head_size
+        attention = self.hidden_size * (qkv + self.num_attention_heads * self.head_size)
+        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size
+        tables = 1 if self.tie_embeddings else 2
+        return (
+            self.num_layers * layer
+            + self.hidden_size
+            + tables * self.vocab_size * self.hidden_size
+        )
+
+
+class ParallelConfig(Section):
+    """Degrees of parallelism. Data parallelism takes what is left of the world."""
+
+    tp: int = Field(default=1, gt=0)
+    """Tensor parallel size; above 1 sequence parallelism is on."""
+    pp: int = Field(default=1, gt=0)
+    """Pipeline parallel size."""
+    cp: int = Field(default=1, gt=0)
+    """Context parallel size: ranks that share one row."""
+    cp_layout: Literal["zigzag", "contiguous"] = "zigzag"
+    """How a row's tokens are dealt to the context ranks."""
+
+
+class TrainConfig(Section):
+    """How steps are computed."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of every rank; `auto` takes CUDA where there is one. Decides NCCL or gloo."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Parameter and activation type; `auto`: bf16 on CUDA, fp32 on CPU. Gradients add in fp32."""
+    recompute: Literal["none", "full"] = "none"
+    """`full` keeps one tensor per layer and recomputes the layer in the backward pass."""
+    max_steps: int = Field(default=0, ge=0)
+    """Stop after this many steps over all stages; 0: run every stage. Schedules stay as they are."""
+    loss_chunk_tokens: int = Field(default=2048, gt=0)
+    """Tokens whose logits exist at one time."""
+
+
+class OptimizerConfig(Section):
+    """AdamW (decoupled weight decay), moments in fp32."""
+
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled decay per unit of learning rate."""
+    decay_norms: bool = False
+    """Whether norm weights decay too (as in ProLong's own runs)."""
+    clip_grad: float = Field(default=1.0, ge=0)
+    """Largest global gradient norm; 0: no clipping."""
+
+
+class DataConfig(Section):
+    """What holds for every domain."""
+
+    tokenizer: str = ""
+    """Tokenizer file or folder; its files travel in every checkpoint. Empty: none travel."""
+    max_epochs: int = Field(default=4, gt=0)
+    """How often a domain may be repeated over the whole run before that is an error."""
+    held_out_fraction: float = Field(default=0.01, ge=0, lt=1)
+    """Share of each domain's documents that is never trained on."""
+
+
+class MixtureEntry(Section):
+    """One part of a stage's data."""
+
+    prefix: str
+    """Indexed file without its ending: `<prefix>.bin`, `<prefix>.idx`."""
+    packing: Literal["exact", "concat"]
+    """`exact`: equal pieces cut from long documents. `concat`: documents one after another."""
+    piece_length: int = Field(default=0, ge=0)
+    """`exact` only: tokens of a piece, dividing the stage's seq_length; 0: seq_length."""
+    share: float = Field(gt=0, le=1)
+    """Share of the stage's tokens. The shares of a stage add up to 1."""
+
+
+class StageConfig(Section):
+    """One stage of training. The hand-over from stage to stage is automatic."""
+
+    name: str
+    """Shown in metrics."""
+    seq_length: int = Field(gt=1)
+    """Tokens T of a row."""
+    rope_base: float = Field(gt=1)
+    """Base of the rotary frequencies."""
+    tokens: int = Field(gt=0)
+    """Tokens of the whole stage; a multiple of tokens_per_step."""
+    tokens_per_step: int = Field(gt=0)
+    """Tokens of one optimizer step over all ranks; a multiple of seq_length."""
+    document_mask: bool = True
+    """Whether attention and positions stay within a document."""
+    optimizer_state: Literal["carry", "fresh"] = "carry"
+    """Whether the moments of the stage before go on or start at zero."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    lr: float = Field(gt=0)
+    """Highest learning rate."""
+    min_lr: float = Field(default=0.0, ge=0)
+    """Learning rate at the end of the stage (not for `constant`)."""
+    warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the stage's steps over which the learning rate rises from zero."""
+    mixture: tuple[MixtureEntry, ...] = Field(min_length=1)
+    """Where the rows come from."""
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of this stage."""
+        return self.tokens // self.tokens_per_step
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one global batch."""
+        return self.tokens_per_step // self.seq_length
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the whole stage."""
+        return self.num_steps * self.rows_per_step
+
+
+class ValidationConfig(Section):
+    """Loss on held-out documents."""
+
+    every_steps: int = Field(default=0, ge=0)
+    """Steps between validations, and one at the end of each stage; 0: never."""
+    rows_per_domain: int = Field(default=4, gt=0)
+    """Rows read from each domain."""
+
+
+class CheckpointConfig(Section):
+    """Saving and resuming."""
+
+    every_steps: int = Field(default=0, ge=0)
+    """Steps between checkpoints; one is always written at the end of a stage and of the run."""
+    keep: int = Field(default=2, gt=0)
+    """Newest checkpoints that stay; those at the end of a stage always stay."""
+    resume: Literal["auto", "never", "required"] = "auto"
+    """`auto`: go on from the run folder's newest checkpoint, or start if there is none."""
+
+
+class MetricsConfig(Section):
+    """What is recorded beside the console line and metrics.jsonl."""
+
+    tensorboard: bool = True
+    """Whether to write event files to the run folder's `tensorboard`."""
+
+
+class Config(Section):
+    """A run."""
+
+    seed: int = Field(default=1234, ge=0)
+    """Seed of initial weights and row order."""
+    run: RunConfig
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig = DataConfig()
+    stage: tuple[StageConfig, ...] = Field(min_length=1)
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps over all stages, before `train.max_steps`."""
+        return sum(stage.num_steps for stage in self.stage)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file, apply `key.path=value` overrides, check it and return it.
+
+    A value is read as TOML (`8`, `1e-5`, `true`, `"text"`, `[1, 2]`); what TOML cannot read is text.
+    Lists are addressed by number: `stage.0.seq_length=65536`.
+
+    Raises:
+        ConfigError: with field, value, rule and remedy.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"config: {path} is not a file; give the path of a TOML file")
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"config: {path} is not valid TOML: {error}") from error
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from error
+    check_config(config)
+    return config
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one `key.path=value` in the tree read from TOML."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override '{override}': write key.path=value, as in parallel.cp=2")
+    *parents, last = key.strip().split(".")
+    node: Any = tree
+    for step, part in enumerate(parents):
+        node = _child(node, part, ".".join(parents[: step + 1]))
+    value = _read_value(text)
+    if isinstance(node, list):
+        node[_list_index(node, last, key)] = value
+    else:
+        node[last] = value
+
+
+def _child(node: Any, part: str, name: str) -> Any:
+    """The table or list under `part`, made where a table is missing."""
+    if isinstance(node, list):
+        return node[_list_index(node, part, name)]
+    child = node.setdefault(part, {})
+    if not isinstance(child, (dict, list)):
+        raise ConfigError(f"override: {name} is a value, not a table; nothing lies below it")
+    return child
+
+
+def _list_index(node: list[Any], part: str, name: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise ConfigError(
+            f"override: {name}: '{part}' is not one of the {len(node)} entries "
+            f"0..{len(node) - 1}; count from 0"
+        )
+    return int(part)
+
+
+def _read_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _section_fields(location: Sequence[int | str]) -> list[str]:
+    """Names of the fields that exist where `location` points."""
+    section: type[BaseModel] = Config
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = section.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(section.model_fields)
+
+
+def _explain(error: ValidationError) -> str:
+    """One line per problem: the dotted field, the value, the rule."""
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            known = _section_fields(item["loc"][:-1])
+            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
+            lines.append(f"{where}: unknown field; {hint}")
+        elif item["type"] == "missing":
+            lines.append(f"{where}: missing; set it in the file or with {where}=...")
+        else:
+            lines.append(f"{where} = {item['input']!r}: {item['msg']}")
+    return "config: " + "; ".join(lines)
+
+
+def check_config(config: Config) -> None:
+    """Check the rules that join several fields. Raises `ConfigError`."""
+    _check_model(config)
+    for number, stage in enumerate(config.stage):
+        _check_stage(config, number, stage)
+        _check_mixture(f"stage.{number}", stage)
+
+
+def check_world(config: Config, world_size: int) -> int:
+    """Check the layout against the number of processes and return the data parallel size.
+
+    Raises:
+        ConfigError: if tp * pp * cp does not divide the world, or rows do not divide by dp.
+    """
+    parallel = config.parallel
+    ranks = parallel.tp * parallel.pp * parallel.cp
+    if world_size % ranks:
+        raise ConfigError(
+            f"parallel: tp({parallel.tp}) * pp({parallel.pp}) * cp({parallel.cp}) = {ranks} does "
+            f"not divide the world size {world_size}; change one of them or start a multiple of "
+            f"{ranks} processes"
+        )
+    dp = world_size // ranks
+    for number, stage in enumerate(config.stage):
+        if stage.rows_per_step % dp:
+            raise ConfigError(
+                f"stage.{number}: tokens_per_step({stage.tokens_per_step}) / "
+                f"seq_length({stage.seq_length}) = {stage.rows_per_step} rows a step cannot be "
+                f"dealt equally to {dp} data parallel ranks (world {world_size} / {ranks}); "
+                "change tokens_per_step or the number of processes"
+            )
+    return dp
+
+
+def _check_model(config: Config) -> None:
+    model, parallel = config.model, config.parallel
+    if model.num_attention_heads % model.num_kv_heads:
+        raise ConfigError(
+            f"model: num_kv_heads({model.num_kv_heads}) must divide "
+            f"num_attention_heads({model.num_attention_heads}); change one of them"
+        )
+    if not model.head_dim and model.hidden_size % model.num_attention_heads:
+        raise ConfigError(
+            f"model: num_attention_heads({model.num_attention_heads}) must divide "
+            f"hidden_size({model.hidden_size}), or set model.head_dim"
+        )
+    if model.head_size % 2:
+        raise ConfigError(f"model: head size {model.head_size} must be even; set model.head_dim")
+    for name in ("num_attention_heads", "num_kv_heads", "ffn_hidden_size", "vocab_size"):
+        value = getattr(model, name)
+        if value % parallel.tp:
+            raise ConfigError(
+                f"model.{name}({value}) must be divisible by parallel.tp({parallel.tp}); "
+                "change parallel.tp" + (" or pad the vocabulary" if name == "vocab_size" else "")
+            )
+    if model.num_layers % parallel.pp:
+        raise ConfigError(
+            f"model.num_layers({model.num_layers}) must be divisible by "
+            f"parallel.pp({parallel.pp}); change parallel.pp"
+        )
+
+
+def _check_stage(config: Config, number: int, stage: StageConfig) -> None:
+    where, parallel = f"stage.{number}", config.parallel
+    chunks = parallel.cp * (2 if parallel.cp_layout == "zigzag" and parallel.cp > 1 else 1)
+    if stage.seq_length % (chunks * parallel.tp):
+        raise ConfigError(
+            f"{where}.seq_length({stage.seq_length}) must be divisible by {chunks * parallel.tp}: "
+            f"{chunks} chunks of the {parallel.cp_layout} layout at cp={parallel.cp}, each split "
+            f"over tp={parallel.tp}; change seq_length or the layout"
+        )
+    if stage.tokens_per_step % stage.seq_length:
+        raise ConfigError(
+            f"{where}.tokens_per_step({stage.tokens_per_step}) must be a multiple of "
+            f"seq_length({stage.seq_length}); change one of them"
+        )
+    if stage.tokens % stage.tokens_per_step:
+        near = max(1, round(stage.tokens / stage.tokens_per_step)) * stage.tokens_per_step
+        raise ConfigError(
+            f"{where}.tokens({stage.tokens}) must be a multiple of "
+            f"tokens_per_step({stage.tokens_per_step}); the nearest is {near}"
+        )
+    if stage.schedule != "constant" and stage.min_lr > stage.lr:
+        raise ConfigError(f"{where}.min_lr({stage.min_lr}) is above lr({stage.lr}); lower it")
+    if stage.schedule == "constant" and stage.min_lr:
+        raise ConfigError(f"{where}.min_lr({stage.min_lr}) has no effect when constant; remove it")
+
+
+def _check_mixture(where: str, stage: StageConfig) -> None:
+    total = sum(entry.share for entry in stage.mixture)
+    if abs(total - 1.0) > 1e-6:
+        raise ConfigError(
+            f"{where}.mixture: the shares add up to {total:.6f}; they must add up to 1"
+        )
+    for number, entry in enumerate(stage.mixture):
+        name = f"{where}.mixture.{number}"
+        if entry.packing == "concat" and entry.piece_length:
+            raise ConfigError(f"{name}.piece_length has no effect with packing concat; remove it")
+        if entry.piece_length and stage.seq_length % entry.piece_length:
+            raise ConfigError(
+                f"{name}.piece_length({entry.piece_length}) must divide "
+                f"seq_length({stage.seq_length}); change one of them"
+            )
+
+
+def dump_toml(config: Config) -> str:
+    """The resolved configuration as TOML, every field written out; `load_config` reads it back."""
+    tree = config.model_dump(exclude_none=True)
+    lines = [f"seed = {tree.pop('seed')}"]
+    stages = tree.pop("stage")
+    for name, section in tree.items():
+        lines += ["", f"[{name}]", *_toml_fields(section)]
+    for stage in stages:
+        mixture = stage.pop("mixture")
+        lines += ["", "[[stage]]", *_toml_fields(stage)]
+        for entry in mixture:
+            lines += ["", "[[stage.mixture]]", *_toml_fields(entry)]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_fields(section: dict[str, Any]) -> list[str]:
+    return [f"{key} = {_toml_value(value)}" for key, value in section.items()]
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{k} = {_toml_value(v)}" for k, v in value.items()) + " }"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    return repr(value)

@@ -1,0 +1,90 @@
+"""Context-parallel attention by gathering keys: simple, exact, and the oracle of the ring.
+
+Every rank collects the keys and values of the whole row, in global order, and attends with its own
+queries. The backward pass is the dual: gradients of all keys are summed over the ranks and each
+rank keeps its own (as in Llama 3's training, arXiv 2407.21783, section 3.3.2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lclm_kernels.interval_attention import IntervalPlan, interval_attention
+
+
+class _GatherFromContextRegion(torch.autograd.Function):
+    """Forward: shards `[T / R, ...]` to the whole row `[T, ...]` in global order. Backward: dual."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, shard: torch.Tensor, order: torch.Tensor, group: dist.ProcessGroup
+    ) -> torch.Tensor:
+        ctx.save_for_backward(order)
+        ctx.group = group
+        ctx.num_local = shard.shape[0]
+        by_rank = shard.new_empty(shard.shape[0] * group.size(), *shard.shape[1:])
+        dist.all_gather_into_tensor(by_rank, shard.contiguous(), group=group)
+        return by_rank.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (order,) = ctx.saved_tensors
+        grad = grads[0]
+        # Sum in fp32: every rank adds a term to each key's gradient.
+        by_rank = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
+        by_rank.index_copy_(0, order, grad.float())
+        local = by_rank.new_empty(ctx.num_local, *grad.shape[1:])
+        dist.reduce_scatter_tensor(local, by_rank, group=ctx.group)
+        return local.to(grad.dtype), None, None
+
+
+def gather_from_context_region(
+    shard: torch.Tensor, order: torch.Tensor, group: dist.ProcessGroup
+) -> torch.Tensor:
+    """Collect the shards of all context ranks in global order.
+
+    Args:
+        shard: `[T / R, ...]`, this rank's part, tokens sorted by global position.
+        order: int64 `[T]`; entry i is the place of global token i among the shards laid end to end
+            in rank order (`RowPlan.gather_order`).
+        group: the context-parallel group of R ranks.
+
+    Returns:
+        `[T, ...]`; its gradient is summed over the ranks and cut back to `[T / R, ...]`.
+    """
+    return _GatherFromContextRegion.apply(shard, order, group)
+
+
+@dataclass(frozen=True)
+class LocalAttention:
+    """Attention where this rank holds every key of the row."""
+
+    plan: IntervalPlan
+
+    def __call__(
+        self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Output `[T, N, H]` of q `[T, N, H]` over k and v `[T, K, H]`."""
+        return interval_attention(q_TNH, k_TKH, v_TKH, self.plan, scale)
+
+
+@dataclass(frozen=True)
+class GatheredAttention:
+    """Attention of this rank's queries over keys gathered from all context ranks."""
+
+    plan: IntervalPlan
+    """Intervals of the local queries in the whole row's keys."""
+    order: torch.Tensor
+    """int64 `[T]`, see `gather_from_context_region`."""
+    group: dist.ProcessGroup
+
+    def __call__(
+        self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Output `[T, N, H]` for the T local tokens."""
+        kv = torch.stack([k_TKH, v_TKH], dim=1)
+        k, v = gather_from_context_region(kv, self.order, self.group).unbind(1)
+        return interval_attention(q_TNH, k, v, self.plan, scale)

@@ -1,0 +1,41 @@
+"""Logging for every lclm program: one handler, a rank and elapsed-time prefix, warnings said once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+
+_START = time.monotonic()
+_SAID: set[str] = set()
+
+
+class _Prefix(logging.Filter):
+    """Adds `elapsed` (seconds since start) and `rank` to every record."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.elapsed = time.monotonic() - _START
+        record.rank = int(os.environ.get("RANK", "0"))
+        return True
+
+
+def setup_logging(level: int = logging.INFO) -> None:
+    """Send lclm's log lines to stderr; ranks above 0 say warnings and errors only."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        logging.Formatter("[%(elapsed)7.1fs r%(rank)d] %(levelname).1s %(message)s")
+    )
+    handler.addFilter(_Prefix())
+    for name in ("lclm", "lclm_kernels"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.propagate = False
+        logger.setLevel(level if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+
+
+def warn_once(logger: logging.Logger, message: str) -> None:
+    """Log `message` as a warning the first time it is given, never again in this process."""
+    if message not in _SAID:
+        _SAID.add(message)
+        logger.warning(message)

@@ -1,0 +1,145 @@
+"""Who this process is: device, type, process groups and its place on every axis of the mesh.
+
+The only importer of `megatron.core.parallel_state`. Axes: tp (tensor), cp (context), dp (data),
+pp (pipeline), fastest first; neighbours on tp sit next to each other.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from lclm.config import Config, ConfigError, check_world
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Sizes, ranks and groups of this process."""
+
+    device: torch.device
+    dtype: torch.dtype
+    world_size: int
+    rank: int
+    tp_size: int
+    tp_rank: int
+    tp_group: dist.ProcessGroup
+    cp_size: int
+    cp_rank: int
+    cp_group: dist.ProcessGroup
+    dp_size: int
+    dp_rank: int
+    dp_cp_group: dist.ProcessGroup
+    pp_size: int
+    pp_rank: int
+    pp_group: dist.ProcessGroup
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this pipeline stage holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this pipeline stage holds the loss."""
+        return self.pp_rank == self.pp_size - 1
+
+
+def choose_device(config: Config) -> torch.device:
+    """The device of this rank.
+
+    Raises:
+        ConfigError: if CUDA is asked for and there is none.
+    """
+    wish = config.train.device
+    has_cuda = torch.cuda.is_available()
+    if wish == "cuda" and not has_cuda:
+        raise ConfigError("train.device = 'cuda': PyTorch finds no CUDA here; use 'auto' or 'cpu'")
+    if wish == "cpu" and has_cuda:
+        raise ConfigError(
+            "train.device = 'cpu': Megatron-core takes CUDA where PyTorch sees it; "
+            "hide the GPUs with CUDA_VISIBLE_DEVICES= or use 'auto'"
+        )
+    if not has_cuda:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def build_mesh(config: Config) -> Mesh:
+    """Join the process group of `torchrun` (or stand alone) and lay the mesh.
+
+    Raises:
+        ConfigError: if the layout does not fit the number of processes.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    dp_size = check_world(config, world_size)
+    device = choose_device(config)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        from lclm.cpu import use_cpu
+
+        use_cpu()
+    _join(device, world_size)
+    from megatron.core import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=config.parallel.tp,
+            pipeline_model_parallel_size=config.parallel.pp,
+            context_parallel_size=config.parallel.cp,
+        )
+    wish = config.train.dtype
+    use_bf16 = wish == "bf16" or (wish == "auto" and device.type == "cuda")
+    return Mesh(
+        device=device,
+        dtype=torch.bfloat16 if use_bf16 else torch.float32,
+        world_size=world_size,
+        rank=dist.get_rank(),
+        tp_size=config.parallel.tp,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        cp_size=config.parallel.cp,
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_group=parallel_state.get_context_parallel_group(),
+        dp_size=dp_size,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        pp_size=config.parallel.pp,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+    )
+
+
+def _join(device: torch.device, world_size: int) -> None:
+    """Initialize torch.distributed: NCCL on CUDA, gloo on CPU."""
+    if dist.is_initialized():
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    elif world_size == 1:
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT
+        )
+    else:
+        raise ConfigError(
+            f"WORLD_SIZE = {world_size} but MASTER_ADDR is not set; start the run with torchrun"
+        )
+
+
+def leave() -> None:
+    """Leave the process groups."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,84 @@
+"""Self-attention for Megatron-core's layer: packed projection, rotary positions, row attention.
+
+Letters: T local tokens, D model, N query heads, K kv heads, G = N / K, H head size; all heads are
+those of this tp rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lclm_kernels.rope import apply_rope
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from lclm.model.row import RowContext
+
+
+class RowAttention(MegatronModule):
+    """Grouped-query attention over the documents of a row.
+
+    The projection's output is laid out per kv head: G query heads, one key head, one value head,
+    so that splitting it over tp ranks splits whole groups (the layout of Megatron-core).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        tp_size = pg_collection.tp.size()
+        self.head_size: int = config.kv_channels
+        self.num_kv_heads = config.num_query_groups // tp_size
+        self.group_size = config.num_attention_heads // config.num_query_groups
+        self.scale = self.head_size**-0.5
+        heads = config.num_attention_heads + 2 * config.num_query_groups
+        self.linear_qkv = ColumnParallelLinear(
+            config.hidden_size,
+            heads * self.head_size,
+            config=config,
+            init_method=config.init_method,
+            bias=False,
+            gather_output=False,
+            tp_group=pg_collection.tp,
+        )
+        self.linear_proj = RowParallelLinear(
+            config.num_attention_heads * self.head_size,
+            config.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_group=pg_collection.tp,
+        )
+
+    def forward(
+        self, hidden_TBD: torch.Tensor, packed_seq_params: RowContext, **_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend within the row.
+
+        Args:
+            hidden_TBD: `[T, 1, D]`, or `[T / tp, 1, D]` under sequence parallelism.
+            packed_seq_params: the row's context.
+
+        Returns:
+            Output of the shape of the input, and no bias.
+        """
+        row = packed_seq_params
+        qkv, _ = self.linear_qkv(hidden_TBD)
+        num_tokens = qkv.shape[0]
+        qkv = qkv.view(num_tokens, self.num_kv_heads, self.group_size + 2, self.head_size)
+        q, k, v = qkv.split([self.group_size, 1, 1], dim=2)
+        q_TNH = apply_rope(q.reshape(num_tokens, -1, self.head_size), row.cos_TH, row.sin_TH)
+        k_TKH = apply_rope(k.squeeze(2), row.cos_TH, row.sin_TH)
+        out_TNH = row.attend(q_TNH, k_TKH, v.squeeze(2), self.scale)
+        output, bias = self.linear_proj(out_TNH.reshape(num_tokens, 1, -1))
+        return output, bias

@@ -1,0 +1,1 @@
+"""Training: `python -m lclm.train run.toml key=value ...`."""

@@ -1,0 +1,89 @@
+"""From a row of documents to what one rank computes on: its tokens, labels and row context."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from lclm_kernels.interval_attention import make_plan
+from lclm_kernels.rope import build_rope_table
+
+from lclm.config import Config
+from lclm.context.gather import GatheredAttention, LocalAttention
+from lclm.context.plan import RowPlan, build_row_plan
+from lclm.data.batch import build_labels
+from lclm.data.loader import Row
+from lclm.mesh import Mesh
+from lclm.model.row import RowContext
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One row's part on this rank; T is the number of local tokens."""
+
+    tokens_BT: torch.Tensor
+    """int64 `[1, T]`."""
+    labels_T: torch.Tensor
+    """int64 `[T]`, -100 where there is no label."""
+    num_labels: int
+    """Labels on this rank."""
+    domain: str
+    """Prefix of the domain that the row was drawn from."""
+    row: RowContext
+
+
+class MicroBatchBuilder:
+    """Builds micro-batches for one rank of a mesh, at one RoPE base and mask setting."""
+
+    def __init__(self, config: Config, mesh: Mesh, rope_base: float, document_mask: bool) -> None:
+        scaling = config.model.rope_scaling
+        self._scaling = scaling.model_dump() if scaling else None
+        self._head_size = config.model.head_size
+        self._layout = config.parallel.cp_layout
+        self._mesh = mesh
+        self._rope_base = rope_base
+        self._document_mask = document_mask
+
+    def __call__(self, row: Row) -> MicroBatch:
+        """Shard a row. Labels are made on the whole row first, so none is lost at a chunk border."""
+        labels = build_labels(row.tokens, row.doc_lengths)
+        doc_lengths = row.doc_lengths if self._document_mask else np.array([len(row.tokens)])
+        plan = build_row_plan(self._layout, doc_lengths, self._mesh.cp_size)
+        positions = plan.positions(self._mesh.cp_rank)
+        device = self._mesh.device
+        local_labels = labels[positions]
+        return MicroBatch(
+            tokens_BT=torch.from_numpy(row.tokens[positions]).to(device)[None],
+            labels_T=torch.from_numpy(local_labels).to(device),
+            num_labels=int((local_labels != IGNORED).sum()),
+            domain=row.domain,
+            row=self._row_context(plan, positions),
+        )
+
+    def _row_context(self, plan: RowPlan, positions: np.ndarray) -> RowContext:
+        mesh = self._mesh
+        starts = np.concatenate([[0], np.cumsum(plan.doc_lengths)[:-1]])
+        in_document = positions - starts[np.searchsorted(starts, positions, side="right") - 1]
+        cos, sin = build_rope_table(
+            torch.from_numpy(in_document), self._head_size, self._rope_base, self._scaling
+        )
+        lo, hi = plan.intervals(mesh.cp_rank)
+        intervals = make_plan(lo, hi, plan.row_length)
+        if mesh.cp_size == 1:
+            attend: LocalAttention | GatheredAttention = LocalAttention(intervals)
+        else:
+            order = torch.from_numpy(plan.gather_order()).to(mesh.device)
+            attend = GatheredAttention(intervals, order, mesh.cp_group)
+        return RowContext(cos.to(mesh.device), sin.to(mesh.device), attend)
+
+
+def iterate_global_batch(
+    rows: Sequence[Row], build: MicroBatchBuilder, mesh: Mesh
+) -> Iterator[MicroBatch]:
+    """The micro-batches of this data-parallel rank: rows dp_rank, dp_rank + dp_size, ..."""
+    for number in range(mesh.dp_rank, len(rows), mesh.dp_size):
+        yield build(rows[number])

@@ -1,0 +1,129 @@
+"""Where a run stands in its list of stages, and the numbers that follow from a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lclm.config import Config, StageConfig, check_world
+from lclm.data.loader import StageRows
+from lclm.data.mixture import MixtureEntry
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place in a run, counted in optimizer steps already done."""
+
+    stage: int
+    """Number of the stage that the next step belongs to."""
+    stage_step: int
+    """Steps of that stage already done."""
+    tokens: int
+    """Input tokens of all steps already done."""
+
+
+def find_position(config: Config, step: int) -> Position:
+    """Where a run stands after `step` optimizer steps.
+
+    At the border of two stages it is the start of the later one; after the last step it is the end
+    of the last stage.
+    """
+    tokens = 0
+    for number, stage in enumerate(config.stage):
+        if step < stage.num_steps or number == len(config.stage) - 1:
+            done = min(step, stage.num_steps)
+            return Position(number, done, tokens + done * stage.tokens_per_step)
+        step -= stage.num_steps
+        tokens += stage.tokens
+    raise AssertionError("a configuration has at least one stage")
+
+
+def mixture_entries(stage: StageConfig) -> list[MixtureEntry]:
+    """The stage's mixture as the data package takes it."""
+    return [
+        MixtureEntry(
+            prefix=entry.prefix,
+            packing=entry.packing,
+            piece_length=entry.piece_length or stage.seq_length,
+            share=entry.share,
+        )
+        for entry in stage.mixture
+    ]
+
+
+def plan_stages(config: Config) -> list[StageRows]:
+    """Decide every row of the run, stage after stage, each domain going on where it stopped.
+
+    Raises:
+        ValueError: if files are missing or a domain is too small for its share; before training.
+    """
+    planned: list[StageRows] = []
+    for number, stage in enumerate(config.stage):
+        planned.append(
+            StageRows(
+                entries=mixture_entries(stage),
+                seq_length=stage.seq_length,
+                num_rows=stage.num_rows,
+                seed=config.seed,
+                stage_index=number,
+                cursors=planned[-1].next_cursors if planned else {},
+                held_out_fraction=config.data.held_out_fraction,
+                max_epochs=config.data.max_epochs,
+            )
+        )
+    return planned
+
+
+def domain_prefixes(config: Config) -> list[str]:
+    """Every data prefix of the run, in order of first use."""
+    return list(dict.fromkeys(entry.prefix for stage in config.stage for entry in stage.mixture))
+
+
+def describe(config: Config, world_size: int, planned: Sequence[StageRows] = ()) -> str:
+    """The derived numbers of a run, for `--dry-run`.
+
+    Args:
+        config: a checked configuration.
+        world_size: number of processes the run is meant for.
+        planned: rows of each stage; without them the data is not described.
+
+    Raises:
+        ConfigError: if the layout does not fit the world size.
+    """
+    dp_size = check_world(config, world_size)
+    parallel, model = config.parallel, config.model
+    lines = [
+        f"model      {model.family}, {model.num_parameters():,} parameters, "
+        f"{model.num_layers} layers, width {model.hidden_size}, "
+        f"{model.num_attention_heads} query and {model.num_kv_heads} kv heads of "
+        f"{model.head_size}",
+        f"layout     {world_size} ranks = tp {parallel.tp} x cp {parallel.cp} "
+        f"({parallel.cp_layout}) x dp {dp_size} x pp {parallel.pp}, "
+        f"sequence parallel {'on' if parallel.tp > 1 else 'off'}, "
+        f"recompute {config.train.recompute}",
+        f"total      {config.num_steps:,} steps, "
+        f"{sum(stage.tokens for stage in config.stage):,} tokens",
+    ]
+    first = 1
+    for number, stage in enumerate(config.stage):
+        per_rank = stage.seq_length // parallel.cp
+        lines += [
+            f"stage {number}    {stage.name}: rows of {stage.seq_length:,} tokens, "
+            f"document mask {'on' if stage.document_mask else 'off'}, "
+            f"RoPE base {stage.rope_base:g}",
+            f"           steps {first:,}..{first + stage.num_steps - 1:,} of "
+            f"{stage.tokens_per_step:,} tokens = {stage.rows_per_step} rows = "
+            f"{stage.rows_per_step // dp_size} micro-batches on each of {dp_size} dp ranks; "
+            f"{per_rank:,} tokens of a row on each cp rank",
+            f"           lr {stage.lr:g} -> "
+            f"{stage.lr if stage.schedule == 'constant' else stage.min_lr:g} ({stage.schedule}), "
+            f"{round(stage.warmup_fraction * stage.num_steps)} warm-up steps, "
+            f"optimizer state {stage.optimizer_state if number else 'fresh'}",
+        ]
+        for entry in stage.mixture:
+            piece = f" {entry.piece_length or stage.seq_length:,}" if entry.packing == "exact" else ""
+            lines.append(f"           {entry.share:7.2%} {entry.prefix} ({entry.packing}{piece})")
+        if planned:
+            lines += [f"           {line}" for line in planned[number].summary().splitlines()]
+        first += stage.num_steps
+    return "\n".join(lines)
