@@ -1,8 +1,8 @@
 """The whole configuration of a run: a TOML file, dotted overrides, and one frozen tree of sections.
 
-Every field has its unit and meaning in the string below it. A field that is not known is an error
-that suggests the nearest name. Rules that join several sections are the small functions named
-`_check_*` at the end; each raises `ConfigError` with the field, the values, the rule and the remedy.
+Every field has its unit and meaning in the string below it. An unknown field is an error that
+suggests the nearest name. Rules that join several sections are the small functions `_check_*` at
+the end; each raises `ConfigError` with the field, the values, the rule and the remedy.
 """
 
 from __future__ import annotations
@@ -90,9 +90,7 @@ class ModelConfig(Section):
         layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size
         tables = 1 if self.tie_embeddings else 2
         return (
-            self.num_layers * layer
-            + self.hidden_size
-            + tables * self.vocab_size * self.hidden_size
+            self.num_layers * layer + self.hidden_size + tables * self.vocab_size * self.hidden_size
         )
 
 
@@ -119,7 +117,7 @@ class TrainConfig(Section):
     recompute: Literal["none", "full"] = "none"
     """`full` keeps one tensor per layer and recomputes the layer in the backward pass."""
     max_steps: int = Field(default=0, ge=0)
-    """Stop after this many steps over all stages; 0: run every stage. Schedules stay as they are."""
+    """Stop after this many steps over all stages; 0: run every stage. Schedules do not change."""
     loss_chunk_tokens: int = Field(default=2048, gt=0)
     """Tokens whose logits exist at one time."""
 
@@ -261,7 +259,7 @@ class Config(Section):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file, apply `key.path=value` overrides, check it and return it.
 
-    A value is read as TOML (`8`, `1e-5`, `true`, `"text"`, `[1, 2]`); what TOML cannot read is text.
+    A value is read as TOML (`8`, `1e-5`, `true`, `[1, 2]`); what TOML cannot read is text.
     Lists are addressed by number: `stage.0.seq_length=65536`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Logging for every lclm program: one handler, a rank and elapsed-time prefix, warnings said once."""
+"""Logging of every lclm program: one handler, a prefix of time and rank, warnings said once."""
 
 from __future__ import annotations
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from lclm_kernels.adamw import AdamW
 
 from lclm.config import Config, StageConfig
 from lclm.mesh import Mesh
+from lclm_kernels.adamw import AdamW
 
 
 class MegatronAdamW(AdamW):

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
 from lclm_kernels.interval_attention import IntervalPlan, interval_attention
 
 
 class _GatherFromContextRegion(torch.autograd.Function):
-    """Forward: shards `[T / R, ...]` to the whole row `[T, ...]` in global order. Backward: dual."""
+    """Shards `[T / R, ...]` to the row `[T, ...]` in global order; its dual backward."""
 
     @staticmethod
     def forward(

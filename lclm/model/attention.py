@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lclm_kernels.rope import apply_rope
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lclm.model.row import RowContext
+from lclm_kernels.rope import apply_rope
 
 
 class RowAttention(MegatronModule):

@@ -139,9 +139,7 @@ def init_weights(model: LlamaModel, config: Config, mesh: Mesh) -> None:
         weight.copy_(cut_shard(whole, name, max(dim, 0), mesh.tp_size, mesh.tp_rank))
 
 
-def cut_shard(
-    whole: torch.Tensor, name: str, dim: int, tp_size: int, tp_rank: int
-) -> torch.Tensor:
+def cut_shard(whole: torch.Tensor, name: str, dim: int, tp_size: int, tp_rank: int) -> torch.Tensor:
     """A tp rank's part of a whole weight; gate and up rows of `linear_fc1` are cut apart."""
     if name.endswith("linear_fc1.weight"):
         gate, up = whole.chunk(2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from lclm_kernels.linear_cross_entropy import linear_cross_entropy
 from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -14,6 +13,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lclm.model.row import RowContext
+from lclm_kernels.linear_cross_entropy import linear_cross_entropy
 
 
 class LlamaModel(LanguageModule):

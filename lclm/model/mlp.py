@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lclm_kernels.swiglu import swiglu
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from lclm_kernels.swiglu import swiglu
 
 
 class SwiGLU(MegatronModule):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lclm_kernels.rms_norm import rms_norm
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from lclm_kernels.rms_norm import rms_norm
 
 
 class RMSNorm(torch.nn.Module):

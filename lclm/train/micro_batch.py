@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from lclm_kernels.interval_attention import make_plan
-from lclm_kernels.rope import build_rope_table
 
 from lclm.config import Config
 from lclm.context.gather import GatheredAttention, LocalAttention
@@ -17,6 +15,8 @@ from lclm.data.batch import build_labels
 from lclm.data.loader import Row
 from lclm.mesh import Mesh
 from lclm.model.row import RowContext
+from lclm_kernels.interval_attention import make_plan
+from lclm_kernels.rope import build_rope_table
 
 IGNORED = -100
 
@@ -49,7 +49,7 @@ class MicroBatchBuilder:
         self._document_mask = document_mask
 
     def __call__(self, row: Row) -> MicroBatch:
-        """Shard a row. Labels are made on the whole row first, so none is lost at a chunk border."""
+        """Shard a row. Labels are made on the whole row, so none is lost at a chunk border."""
         labels = build_labels(row.tokens, row.doc_lengths)
         doc_lengths = row.doc_lengths if self._document_mask else np.array([len(row.tokens)])
         plan = build_row_plan(self._layout, doc_lengths, self._mesh.cp_size)

@@ -121,7 +121,9 @@ def describe(config: Config, world_size: int, planned: Sequence[StageRows] = ())
             f"optimizer state {stage.optimizer_state if number else 'fresh'}",
         ]
         for entry in stage.mixture:
-            piece = f" {entry.piece_length or stage.seq_length:,}" if entry.packing == "exact" else ""
+            piece = (
+                f" {entry.piece_length or stage.seq_length:,}" if entry.packing == "exact" else ""
+            )
             lines.append(f"           {entry.share:7.2%} {entry.prefix} ({entry.packing}{piece})")
         if planned:
             lines += [f"           {line}" for line in planned[number].summary().splitlines()]

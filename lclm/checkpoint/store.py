@@ -1,0 +1,154 @@
+"""Sharded checkpoints through Megatron-core's dist_checkpointing: any layout writes, any reads.
+
+A step folder is written beside its name by all ranks and renamed by rank 0 when it is whole; only
+then does `latest` name it. The step folder of another layout loads as well: weights are whole
+tensors cut into shards, and the distributed optimizer's state is saved fully reshardable.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+
+from lclm.checkpoint.folder import (
+    TOKENIZER_FOLDER,
+    CheckpointError,
+    CheckpointInfo,
+    read_info,
+    resolve_step_folder,
+    step_folder_name,
+    write_info,
+    write_latest,
+)
+from lclm.mesh import Mesh
+from lclm.model.llama import LlamaModel
+
+logger = logging.getLogger(__name__)
+
+MODEL_PREFIX = "model."
+
+
+def _metadata(mesh: Mesh) -> dict[str, Any]:
+    """How Megatron-core is to describe the state. See the module's docstring."""
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "dp_cp_group": mesh.dp_cp_group,
+    }
+
+
+def save(
+    checkpoint_dir: Path,
+    info: CheckpointInfo,
+    mesh: Mesh,
+    model: LlamaModel,
+    optimizer: Any,
+    tokenizer_files: list[Path],
+) -> Path:
+    """Write the step folder of `info.step` under `checkpoint_dir` and point `latest` to it.
+
+    Called by every rank; returns the step folder. An existing folder of that step is replaced.
+    """
+    target = checkpoint_dir / step_folder_name(info.step)
+    staging = target.with_name(f"{target.name}.tmp")
+    if mesh.rank == 0:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    dist.barrier()
+    metadata = _metadata(mesh)
+    model_state = model.sharded_state_dict(prefix=MODEL_PREFIX, metadata=metadata)
+    state = {
+        "model": model_state,
+        "optimizer": optimizer.sharded_state_dict(model_state, is_loading=False, metadata=metadata),
+    }
+    # The process-group object is for this process only; it cannot be written.
+    content = {key: value for key, value in metadata.items() if key != "dp_cp_group"}
+    dist_checkpointing.save(state, str(staging), content_metadata=content)
+    dist.barrier()
+    if mesh.rank == 0:
+        write_info(staging, info)
+        if tokenizer_files:
+            (staging / TOKENIZER_FOLDER).mkdir()
+            for file in tokenizer_files:
+                shutil.copy2(file, staging / TOKENIZER_FOLDER / file.name)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(staging, target)
+        write_latest(checkpoint_dir, target.name)
+    dist.barrier()
+    return target
+
+
+def load(
+    path: str | Path, config_model: dict[str, Any], mesh: Mesh, model: LlamaModel, optimizer: Any
+) -> CheckpointInfo:
+    """Load weights, and optimizer state if an optimizer is given, from a checkpoint folder.
+
+    Args:
+        path: a step folder, or a folder with `latest`.
+        config_model: the fields of `[model]` without `init_from`, to compare.
+        mesh: this process's place.
+        model: the (unwrapped) model to fill.
+        optimizer: Megatron-core optimizer to fill, or None for weights only.
+
+    Raises:
+        CheckpointError: if there is no checkpoint, or it is of another architecture, or it has no
+            optimizer state where that is wanted.
+    """
+    folder = resolve_step_folder(path)
+    info = read_info(folder)
+    check_architecture(folder, info, config_model)
+    metadata = _metadata(mesh)
+    state: dict[str, Any] = {
+        "model": model.sharded_state_dict(prefix=MODEL_PREFIX, metadata=metadata)
+    }
+    if optimizer is not None:
+        if not info.has_optimizer:
+            raise CheckpointError(
+                f"checkpoint {folder}: holds weights only and cannot be resumed; "
+                "start from it with model.init_from"
+            )
+        state["optimizer"] = optimizer.sharded_state_dict(
+            state["model"], is_loading=True, metadata=metadata
+        )
+    loaded = dist_checkpointing.load(state, str(folder))
+    prefix = len(MODEL_PREFIX)
+    model.load_state_dict({name[prefix:]: value for name, value in loaded["model"].items()})
+    if optimizer is not None:
+        optimizer.load_state_dict(loaded["optimizer"])
+    dist.barrier()
+    return info
+
+
+def check_architecture(folder: Path, info: CheckpointInfo, config_model: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose sizes are not those of the configuration."""
+    different = [
+        f"{name} is {info.model.get(name)!r} there and {value!r} here"
+        for name, value in config_model.items()
+        if name not in ("init_std", "rope_scaling") and info.model.get(name) != value
+    ]
+    if different:
+        raise CheckpointError(
+            f"checkpoint {folder}: is of another architecture: {'; '.join(different)}; "
+            "change [model] or give another checkpoint"
+        )
+
+
+def remove_old(checkpoint_dir: Path, keep: int, protected_steps: set[int]) -> None:
+    """Delete all but the newest `keep` step folders and those of `protected_steps`."""
+    folders = sorted(checkpoint_dir.glob("step_????????"))
+    for folder in folders[:-keep]:
+        if int(folder.name.removeprefix("step_")) not in protected_steps:
+            shutil.rmtree(folder)
+            logger.info("removed old checkpoint %s", folder.name)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` or `bfloat16`, as `lclm.json` writes it."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,84 @@
+"""Command line: `torchrun --nproc-per-node N -m lclm.train run.toml [key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from lclm.config import Config, load_config
+from lclm.log import setup_logging
+
+logger = logging.getLogger("lclm.train")
+
+HELP = """\
+Train a model through the stages of a TOML file.
+
+  python -m lclm.train run.toml                              one process
+  torchrun --nproc-per-node 8 -m lclm.train run.toml parallel.cp=8
+  python -m lclm.train run.toml --dry-run --world-size 64    print what would run
+
+Overrides are written key.path=value; lists are counted from 0: stage.0.seq_length=65536.
+A run goes on from the newest checkpoint of its run folder unless checkpoint.resume=never.
+"""
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="lclm.train", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="TOML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print every stage's derived numbers and stop"
+    )
+    parser.add_argument(
+        "--world-size",
+        type=int,
+        default=0,
+        help="number of processes to plan for with --dry-run (default: those of this start)",
+    )
+    return parser.parse_intermixed_args(arguments)
+
+
+def prepare(arguments: argparse.Namespace) -> Config:
+    """Load the configuration and, for a dry run, print it."""
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        from lclm.train.stages import describe
+
+        world_size = arguments.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+        sys.stdout.write(describe(config, world_size) + "\n")
+    return config
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run; 0 on success, 2 when the user's input cannot be run."""
+    parsed = parse_arguments(arguments)
+    setup_logging()
+    try:
+        config = prepare(parsed)
+        if parsed.dry_run:
+            return 0
+        from lclm.mesh import build_mesh, leave
+        from lclm.train.stages import plan_stages
+
+        mesh = build_mesh(config)
+        planned = plan_stages(config)
+        from lclm.train.loop import Run
+
+        run = Run(config, mesh, planned)
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            logger.error("%s", error)
+        return 2
+    run.train()
+    leave()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,327 @@
+"""The run: stages, steps, validation, checkpoints. Reads as the story of a training run."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import lclm
+from lclm.checkpoint import store
+from lclm.checkpoint.folder import LATEST_NAME, CheckpointError, CheckpointInfo
+from lclm.config import Config, ConfigError, dump_toml
+from lclm.data.loader import HeldOutRows, Row, StageRows
+from lclm.data.tokenizer import load_tokenizer
+from lclm.mesh import Mesh
+from lclm.model.build import build_model, init_weights
+from lclm.optim import learning_rate, reset_state, set_learning_rate
+from lclm.train.flops import peak_flops, row_flops
+from lclm.train.metrics import RunLog
+from lclm.train.micro_batch import MicroBatch, MicroBatchBuilder, iterate_global_batch
+from lclm.train.stages import domain_prefixes, find_position
+from lclm.train.step import Engine, StepResult
+
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """A training run on this process's mesh.
+
+    Raises:
+        ConfigError, CheckpointError: when data, tokenizer or checkpoints do not fit, before the
+            first step.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, planned: list[StageRows]) -> None:
+        self.config, self.mesh, self.planned = config, mesh, planned
+        self.dir = Path(config.run.dir)
+        self.checkpoint_dir = self.dir / "checkpoints"
+        self.tokenizer_files = check_tokenizer(config)
+        model = build_model(config, mesh)
+        self.model_fields = config.model.model_dump(exclude={"init_from"})
+        self.step = 0
+        start = self._find_checkpoint()
+        if start is None and config.model.init_from:
+            source = store.load(config.model.init_from, self.model_fields, mesh, model, None)
+            logger.info("weights from %s (step %d)", config.model.init_from, source.step)
+        elif start is None:
+            init_weights(model, config, mesh)
+        self.engine = Engine(config, mesh, model, domain_prefixes(config))
+        if start is not None:
+            self.step = self._resume(start)
+        self.log: RunLog | None = None
+        if mesh.rank == 0:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            (self.dir / "config.resolved.toml").write_text(
+                "".join(f"# {key}: {value}\n" for key, value in versions().items())
+                + dump_toml(config),
+                encoding="utf-8",
+            )
+            self.log = RunLog(self.dir, config.metrics.tensorboard, self.step)
+
+    def _find_checkpoint(self) -> Path | None:
+        """The checkpoint folder to go on from, or None to start."""
+        resume = self.config.checkpoint.resume
+        if resume == "never":
+            return None
+        if (self.checkpoint_dir / LATEST_NAME).is_file():
+            return self.checkpoint_dir
+        if resume == "required":
+            raise CheckpointError(
+                f"checkpoint.resume = 'required': {self.checkpoint_dir} has no checkpoint; "
+                "use 'auto' to start a new run"
+            )
+        return None
+
+    def _resume(self, path: Path) -> int:
+        info = store.load(
+            path, self.model_fields, self.mesh, self.engine.module, self.engine.optimizer
+        )
+        here = find_position(self.config, info.step)
+        if (here.stage, here.stage_step, here.tokens) != (info.stage, info.stage_step, info.tokens):
+            raise CheckpointError(
+                f"checkpoint {path}: step {info.step} is step {info.stage_step} of stage "
+                f"{info.stage} after {info.tokens} tokens there, but step {here.stage_step} of "
+                f"stage {here.stage} after {here.tokens} tokens in this configuration; give the "
+                "stages their old tokens and tokens_per_step, or start with model.init_from"
+            )
+        logger.info("resumed from %s at step %d", path, info.step)
+        return info.step
+
+    @property
+    def last_step(self) -> int:
+        """Step number at which this run ends."""
+        limit = self.config.train.max_steps or self.config.num_steps
+        return min(limit, self.config.num_steps)
+
+    def train(self) -> None:
+        """Run every remaining stage, or until `train.max_steps`."""
+        while self.step < self.last_step:
+            self._train_stage(find_position(self.config, self.step).stage)
+        logger.info("run finished at step %d of %d", self.step, self.config.num_steps)
+        if self.log is not None:
+            self.log.close()
+
+    def _train_stage(self, number: int) -> None:
+        """Train from the current step to the end of stage `number`, or of the run."""
+        stage = self.config.stage[number]
+        position = find_position(self.config, self.step)
+        build = MicroBatchBuilder(self.config, self.mesh, stage.rope_base, stage.document_mask)
+        if position.stage_step == 0:
+            logger.info(
+                "stage %d %s: %d steps of %d rows of %d tokens, RoPE base %g",
+                number,
+                stage.name,
+                stage.num_steps,
+                stage.rows_per_step,
+                stage.seq_length,
+                stage.rope_base,
+            )
+            if number > 0 and stage.optimizer_state == "fresh":
+                reset_state(self.engine.optimizer)
+        for stage_step in range(position.stage_step, stage.num_steps):
+            if self.step >= self.last_step:
+                break
+            self._train_step(number, stage_step, build)
+            is_last = stage_step == stage.num_steps - 1 or self.step == self.last_step
+            self._maybe_validate(number, build, is_last)
+            self._maybe_save(number, is_last)
+
+    def _train_step(self, number: int, stage_step: int, build: MicroBatchBuilder) -> None:
+        stage = self.config.stage[number]
+        start = time.perf_counter()
+        first = stage_step * stage.rows_per_step
+        rows = [self.planned[number].row(first + n) for n in range(stage.rows_per_step)]
+        waited = Stopwatch()
+        waited.seconds = time.perf_counter() - start
+        rate = learning_rate(stage, stage_step)
+        settings = self.config.optimizer
+        set_learning_rate(self.engine.optimizer, rate, settings.weight_decay, settings.decay_norms)
+        result = self.engine.train_step(
+            waited.iterate(iterate_global_batch(rows, build, self.mesh)),
+            stage.rows_per_step // self.mesh.dp_size,
+            stage.seq_length,
+        )
+        self.step += 1
+        if self.log is not None:
+            seconds = time.perf_counter() - start
+            self.log.step(
+                self._record(number, rate, result, rows, seconds, waited.seconds), self.last_step
+            )
+
+    def _record(
+        self,
+        number: int,
+        rate: float,
+        result: StepResult,
+        rows: list[Row],
+        seconds: float,
+        data_seconds: float,
+    ) -> dict[str, Any]:
+        stage = self.config.stage[number]
+        whole = [torch.tensor([stage.seq_length]).numpy()]
+        lengths = [row.doc_lengths for row in rows] if stage.document_mask else whole * len(rows)
+        flops = sum(row_flops(self.config.model, lens) for lens in lengths) / seconds
+        record: dict[str, Any] = {
+            "step": self.step,
+            "stage": stage.name,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": rate,
+            "tokens": find_position(self.config, self.step).tokens,
+            "labels": result.num_labels,
+            "seq_length": stage.seq_length,
+            "rope_base": stage.rope_base,
+            "seconds": seconds,
+            "data_seconds": data_seconds,
+            "tokens_per_second": stage.tokens_per_step / seconds,
+            "tflops_per_second": flops / 1e12,
+            "domain_loss": {
+                name: total / count for name, (total, count) in result.domain_losses.items()
+            },
+        }
+        if self.mesh.device.type == "cuda":
+            record["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            peak = peak_flops(torch.cuda.get_device_name())
+            if peak is not None:
+                record["mfu"] = flops / (peak * self.mesh.world_size)
+        return record
+
+    def _maybe_validate(self, number: int, build: MicroBatchBuilder, is_last: bool) -> None:
+        every = self.config.validation.every_steps
+        if every == 0 or not (is_last or self.step % every == 0):
+            return
+        stage, dp_size = self.config.stage[number], self.mesh.dp_size
+        # Every data rank must run equally many micro-batches.
+        per_domain = -(-self.config.validation.rows_per_domain // dp_size) * dp_size
+        losses: dict[str, float] = {}
+        for prefix in dict.fromkeys(entry.prefix for entry in stage.mixture):
+            held_out = HeldOutRows(
+                prefix,
+                stage.seq_length,
+                per_domain,
+                self.config.seed,
+                self.config.data.held_out_fraction,
+            )
+            rows = [held_out.row(n) for n in range(per_domain)]
+            sums = self.engine.evaluate(
+                iterate_global_batch(rows, build, self.mesh),
+                per_domain // dp_size,
+                stage.seq_length,
+            )
+            total, count = sums[prefix]
+            losses[prefix] = total / count
+        if self.log is not None:
+            self.log.validation({"step": self.step, "stage": stage.name, "loss": losses})
+
+    def _maybe_save(self, number: int, is_last: bool) -> None:
+        every = self.config.checkpoint.every_steps
+        if not is_last and (every == 0 or self.step % every):
+            return
+        stage = self.config.stage[number]
+        position = find_position(self.config, self.step)
+        info = CheckpointInfo(
+            format=1,
+            step=self.step,
+            stage=position.stage,
+            stage_step=position.stage_step,
+            tokens=position.tokens,
+            model=self.model_fields,
+            rope_base=stage.rope_base,
+            seq_length=stage.seq_length,
+            dtype=store.dtype_name(self.mesh.dtype),
+            has_optimizer=True,
+            ledger=self._ledger(),
+            versions=versions(),
+        )
+        start = time.perf_counter()
+        folder = store.save(
+            self.checkpoint_dir,
+            info,
+            self.mesh,
+            self.engine.module,
+            self.engine.optimizer,
+            self.tokenizer_files,
+        )
+        logger.info("saved %s in %.1f s", folder, time.perf_counter() - start)
+        if self.mesh.rank == 0:
+            ends, total = set(), 0
+            for done in self.config.stage:
+                total += done.num_steps
+                ends.add(total)
+            store.remove_old(self.checkpoint_dir, self.config.checkpoint.keep, ends)
+        dist.barrier()
+
+    def _ledger(self) -> dict[str, int]:
+        """Tokens drawn from each domain since the start of the run."""
+        position = find_position(self.config, self.step)
+        drawn = dict.fromkeys(domain_prefixes(self.config), 0)
+        for number in range(position.stage + 1):
+            stage = self.config.stage[number]
+            steps = position.stage_step if number == position.stage else stage.num_steps
+            for name, tokens in self.planned[number].ledger(steps * stage.rows_per_step).items():
+                drawn[name] += tokens
+        return drawn
+
+
+class Stopwatch:
+    """Adds up the time that an iterator takes to give its items."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def iterate(self, items: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        """Pass the items on, timed."""
+        while True:
+            start = time.perf_counter()
+            item = next(items, None)
+            self.seconds += time.perf_counter() - start
+            if item is None:
+                return
+            yield item
+
+
+def check_tokenizer(config: Config) -> list[Path]:
+    """The tokenizer's files, after comparing its vocabulary with the model's.
+
+    Raises:
+        ConfigError: if the tokenizer has more tokens than the model has rows.
+    """
+    if not config.data.tokenizer:
+        return []
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"data.tokenizer({config.data.tokenizer}) has {tokenizer.vocab_size} tokens, more than "
+            f"model.vocab_size({config.model.vocab_size}); raise model.vocab_size"
+        )
+    return tokenizer.files
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes, for the record."""
+    import megatron.core
+
+    found = {
+        "lclm": lclm.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "megatron-core": megatron.core.__version__,
+    }
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"],
+        cwd=Path(lclm.__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if commit.returncode == 0:
+        found["commit"] = commit.stdout.strip()
+    return found

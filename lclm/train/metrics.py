@@ -1,0 +1,92 @@
+"""Records of a run: a console line, `metrics.jsonl`, `validation.jsonl`, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, TextIO
+
+logger = logging.getLogger(__name__)
+
+METRICS_NAME = "metrics.jsonl"
+VALIDATION_NAME = "validation.jsonl"
+
+
+class RunLog:
+    """Writes the records of rank 0. A resumed run drops the records after its checkpoint."""
+
+    def __init__(self, run_dir: Path, use_tensorboard: bool, last_step: int) -> None:
+        """Open the files of `run_dir`, keeping records up to `last_step`."""
+        self._files: dict[str, TextIO] = {}
+        for name in (METRICS_NAME, VALIDATION_NAME):
+            path = run_dir / name
+            _keep_records(path, last_step)
+            self._files[name] = path.open("a", encoding="utf-8")
+        self._board = None
+        if use_tensorboard:
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=last_step + 1)
+
+    def step(self, record: dict[str, Any], num_steps: int) -> None:
+        """Record one optimizer step; `record` has at least the fields of the console line."""
+        self._write(METRICS_NAME, record)
+        logger.info(
+            "step %d/%d %s loss %.4f grad %.3f lr %.2e %s tok/s %.2f TFLOP/s data %.0f%%",
+            record["step"],
+            num_steps,
+            record["stage"],
+            record["loss"],
+            record["grad_norm"],
+            record["lr"],
+            f"{record['tokens_per_second']:,.0f}",
+            record["tflops_per_second"],
+            100 * record["data_seconds"] / record["seconds"],
+        )
+
+    def validation(self, record: dict[str, Any]) -> None:
+        """Record one validation pass."""
+        self._write(VALIDATION_NAME, record)
+        losses = " ".join(f"{Path(k).name} {v:.4f}" for k, v in record["loss"].items())
+        logger.info("validation after step %d: %s", record["step"], losses)
+
+    def _write(self, name: str, record: dict[str, Any]) -> None:
+        self._files[name].write(json.dumps(record) + "\n")
+        self._files[name].flush()
+        if self._board is None:
+            return
+        group = name.removesuffix(".jsonl")
+        for tag, value in _flatten(record, group):
+            self._board.add_scalar(tag, value, record["step"])
+
+    def close(self) -> None:
+        """Close all files."""
+        for file in self._files.values():
+            file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _flatten(record: dict[str, Any], prefix: str) -> list[tuple[str, float]]:
+    """Numbers of a record with slash-separated names."""
+    found: list[tuple[str, float]] = []
+    for key, value in record.items():
+        if isinstance(value, dict):
+            found += _flatten(value, f"{prefix}/{key}")
+        elif isinstance(value, (int, float)) and key != "step":
+            found.append((f"{prefix}/{key}", float(value)))
+    return found
+
+
+def _keep_records(path: Path, last_step: int) -> None:
+    """Drop records of steps after `last_step`, and a line cut short by a crash."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n") and json.loads(line)["step"] <= last_step:
+            kept.append(line)
+    staging = path.with_suffix(".tmp")
+    staging.write_text("".join(kept), encoding="utf-8")
+    staging.replace(path)
