@@ -1,0 +1,1 @@
+"""Checkpoints: the step folder, its weights, and their Hugging Face form."""

@@ -1,0 +1,203 @@
+"""Read and write Megatron's `torch_dist` step folders in one process, one tensor at a time.
+
+Neither a process group nor Megatron is needed: the format is PyTorch's distributed checkpoint
+(`.metadata` and `*.distcp`) plus two files that `megatron.core.dist_checkpointing` (0.16.1:
+core.py, strategies/common.py) looks for: `metadata.json`, which names the format, and `common.pt`
+with what is not a tensor (nothing here).
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch.distributed.checkpoint import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    FileSystemReader,
+    FileSystemWriter,
+)
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from lclm.checkpoint.folder import CheckpointError
+
+METADATA_NAME = ".metadata"
+FORMAT_NAME = "metadata.json"
+COMMON_NAME = "common.pt"
+# megatron.core.dist_checkpointing.core.CheckpointingConfig
+FORMAT_FIELDS = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Global shape and type of one tensor of a checkpoint."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Reads `.metadata`, a pickle, without running code that somebody put into it.
+
+    Only the classes of torch.distributed.checkpoint, and the few values that their fields hold,
+    are looked up. Megatron adds no class of its own to this file.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" or module.startswith("torch.distributed.checkpoint."):
+            value = super().find_class(module, name)
+            is_known_class = isinstance(value, type) and module != "torch"
+            if is_known_class or value is torch.Size or isinstance(value, torch.dtype):
+                return value
+        elif (module, name) in {
+            ("torch.serialization", "_get_layout"),
+            ("pathlib", "PosixPath"),
+            ("pathlib._local", "PosixPath"),  # Python 3.13
+            ("collections", "OrderedDict"),
+        }:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"'{module}.{name}' does not belong into this file")
+
+
+def _read_metadata(folder: Path) -> Metadata:
+    path = folder / METADATA_NAME
+    remedy = "give a step folder written by lclm or Megatron in the torch_dist format"
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {folder}: has no {METADATA_NAME}; {remedy}")
+    try:
+        with path.open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, TypeError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}; {remedy}") from error
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise CheckpointError(f"{path}: is not the index of a distributed checkpoint; {remedy}")
+    return metadata
+
+
+class TorchDistReader:
+    """Tensors of a step folder, each read when asked for.
+
+    Peak memory of `load` is the tensor plus its largest stored piece.
+
+    Raises:
+        CheckpointError: if this is no torch_dist checkpoint, or a data file is absent or short.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._metadata = _read_metadata(self.folder)
+        self._storage = FileSystemReader(self.folder)
+        # No collectives and no coordinator: this process reads alone.
+        self._storage.set_up_storage_reader(self._metadata, True)
+        self._check_files()
+
+    def _check_files(self) -> None:
+        needed: dict[str, int] = {}
+        for stored in cast(dict[MetadataIndex, Any], self._metadata.storage_data).values():
+            end = stored.offset + stored.length
+            needed[stored.relative_path] = max(needed.get(stored.relative_path, 0), end)
+        for name, num_bytes in sorted(needed.items()):
+            path = self.folder / name
+            if not path.is_file() or path.stat().st_size < num_bytes:
+                found = f"{path.stat().st_size} bytes" if path.is_file() else "absent"
+                raise CheckpointError(
+                    f"{path}: {found}, but {METADATA_NAME} counts on {num_bytes} bytes; "
+                    "the checkpoint is incomplete: copy it again, or use another step"
+                )
+
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Global shape and type of every tensor, by key; objects of other kinds are left out."""
+        return {
+            key: StoredTensor(tuple(entry.size), entry.properties.dtype)
+            for key, entry in self._metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+
+    def keys(self) -> list[str]:
+        """Keys of the tensors, in the order of the index."""
+        return list(self.tensors())
+
+    def load(self, key: str) -> torch.Tensor:
+        """The whole global tensor on the CPU, in its stored type.
+
+        Raises:
+            CheckpointError: if there is no tensor of that key, or pieces of it were never stored.
+        """
+        entry = self._metadata.state_dict_metadata.get(key)
+        if not isinstance(entry, TensorStorageMetadata):
+            raise CheckpointError(f"checkpoint {self.folder}: holds no tensor '{key}'")
+        num_stored = sum(chunk.sizes.numel() for chunk in entry.chunks)
+        if num_stored != entry.size.numel():
+            raise CheckpointError(
+                f"checkpoint {self.folder}: {num_stored} of the {entry.size.numel()} elements of "
+                f"'{key}' were stored; every element must be stored once"
+            )
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner.set_up_planner({key: tensor}, self._metadata, is_coordinator=True)
+        plan = planner.finish_plan(planner.create_local_plan())
+        self._storage.read_data(plan, planner).wait()
+        return tensor
+
+
+class _LazySavePlanner(DefaultSavePlanner):
+    """Plans with tensors on the meta device and fetches each when its file is written."""
+
+    def __init__(self, load: Callable[[str], torch.Tensor]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._load = load
+
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        planned = self.state_dict[index.fqn]
+        tensor = self._load(index.fqn)
+        if tensor.shape != planned.shape or tensor.dtype != planned.dtype:
+            raise CheckpointError(
+                f"'{index.fqn}': {tuple(tensor.shape)} {tensor.dtype} came instead of the planned "
+                f"{tuple(planned.shape)} {planned.dtype}"
+            )
+        return tensor
+
+
+def write_torch_dist(
+    folder: str | Path,
+    tensors: Mapping[str, StoredTensor],
+    load: Callable[[str], torch.Tensor],
+) -> None:
+    """Write a step folder that `megatron.core.dist_checkpointing.load` reads at any layout.
+
+    `load(key)` is called once for each key, in the order of `tensors`, when that tensor is due.
+    Every tensor has a file of its own and is let go when it is written, so peak memory is one
+    tensor (twice that, if `load` returns a view of a larger storage). `folder` must exist.
+
+    Raises:
+        CheckpointError: if `load` returns another shape or type than `tensors` says.
+    """
+    folder = Path(folder)
+    # One file for everything would be smaller in number, but torch keeps all tensors of a file
+    # until that file is closed.
+    writer = FileSystemWriter(folder, single_file_per_rank=False, thread_count=1)
+    planner = _LazySavePlanner(load)
+    placeholders: dict[str, Any] = {
+        key: torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+        for key, stored in tensors.items()
+    }
+    # The steps of torch.distributed.checkpoint.save for a world of one process.
+    writer.set_up_storage_writer(True)
+    planner.set_up_planner(placeholders, writer.storage_meta(), is_coordinator=True)
+    local_plan = writer.prepare_local_plan(planner.create_local_plan())
+    global_plans, metadata = planner.create_global_plan([local_plan])
+    plan = planner.finish_plan(writer.prepare_global_plan(global_plans)[0])
+    results = writer.write_data(plan, planner).wait()
+    writer.finish(metadata, [results])
+    torch.save({}, folder / COMMON_NAME)
+    (folder / FORMAT_NAME).write_text(json.dumps(FORMAT_FIELDS), encoding="utf-8")
