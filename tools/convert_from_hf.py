@@ -1,0 +1,66 @@
+#!/usr/bin/env python3
+"""Import a Hugging Face folder (Llama, safetensors) as a checkpoint to start training from."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from lclm.checkpoint.convert import convert_from_hf
+from lclm.checkpoint.folder import CheckpointError
+
+EPILOG = """\
+The checkpoint folder holds `latest` and step_00000000 with the weights, lclm.json and the tokenizer
+files found beside the weights. Give it to a run as model.init_from. It loads at any tp, pp and cp,
+and appears under its name only when it is complete. Memory stays at a few tensors.
+
+example:
+  python tools/convert_from_hf.py --hf-model models/Llama-3-8B --output checkpoints/llama3-8b
+
+exit status: 0 done; 2 bad usage or input that cannot be converted; 1 the file system failed.
+Unless it is 0, nothing is written.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--hf-model",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder with config.json and *.safetensors",
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="CKPT_DIR", help="folder to write"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an output folder that is not empty"
+    )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the tool and return its exit status."""
+    options = build_parser().parse_args(arguments)
+    try:
+        convert_from_hf(
+            options.hf_model,
+            options.output,
+            overwrite=options.overwrite,
+            report=lambda line: print(line, flush=True),
+        )
+    except CheckpointError as error:
+        print(f"convert_from_hf: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # the disk is full, say, or not ours to write
+        print(f"convert_from_hf: error: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+#!/usr/bin/env python3
+"""Export a checkpoint as a Hugging Face folder that transformers, vLLM and lm-eval load."""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from lclm.checkpoint.convert import DEFAULT_SHARD_BYTES, EXPORT_DTYPES, convert_to_hf
+from lclm.checkpoint.folder import CheckpointError
+
+EPILOG = """\
+The folder holds the weights (safetensors, streamed: memory stays at about one tensor), config.json
+(max_position_embeddings is the checkpoint's seq_length), generation_config.json and the tokenizer
+files that travel in the checkpoint. It appears under its name only when it is complete.
+
+examples:
+  python tools/convert_to_hf.py --checkpoint runs/prolong/checkpoints --output runs/prolong/hf
+  python tools/convert_to_hf.py --checkpoint runs/x/checkpoints/step_00000200 --output out \\
+      --dtype bf16 --tokenizer models/Llama-3-8B
+
+exit status: 0 done; 2 bad usage or input that cannot be converted; 1 the file system failed.
+Unless it is 0, nothing is written.
+"""
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `5GB`, `200MB` or a plain number; decimal units, as Hugging Face counts them."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
+    num_bytes = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
+    if num_bytes < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no size; write for example 5GB or 200MB")
+    return num_bytes
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="CKPT_DIR",
+        help="one step's folder, or a folder with `latest`",
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="HF_DIR", help="folder to write"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(EXPORT_DTYPES),
+        default="keep",
+        help="type of the weights (default: %(default)s, as they are stored)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="folder with a tokenizer to take instead of the checkpoint's own",
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        type=parse_size,
+        default=DEFAULT_SHARD_BYTES,
+        metavar="SIZE",
+        help="largest weight file (default: 5GB)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an output folder that is not empty"
+    )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the tool and return its exit status."""
+    options = build_parser().parse_args(arguments)
+    try:
+        convert_to_hf(
+            options.checkpoint,
+            options.output,
+            dtype=options.dtype,
+            tokenizer=options.tokenizer,
+            max_shard_bytes=options.max_shard_size,
+            overwrite=options.overwrite,
+            report=lambda line: print(line, flush=True),
+        )
+    except CheckpointError as error:
+        print(f"convert_to_hf: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # the disk is full, say, or not ours to write
+        print(f"convert_to_hf: error: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
