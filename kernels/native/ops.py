@@ -1,0 +1,242 @@
+"""Public functions of the native library: dispatch to C++ or to the NumPy twin, same results.
+
+The library is looked for beside this file, where an install puts it, then in the build folders of a
+checkout. Where it is missing, `implementation="auto"` takes the twin and says so once.
+"""
+
+import ctypes
+import functools
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from lclm_kernels.native import reference
+
+__all__ = [
+    "ConcatRows",
+    "ExactPieces",
+    "assign_rows",
+    "load_native",
+    "pack_concat",
+    "pack_exact",
+]
+
+LIBRARY_NAME = "liblclm_native.so"
+ABI = 1  # lclm_native_abi() of pack.cpp
+MAX_ENTRIES = 32767  # entries are numbered in int16
+_LOG = logging.getLogger("lclm_kernels")
+
+
+class ConcatRows(NamedTuple):
+    """Rows cut out of a stream; row r is the pieces row_start[r] .. row_start[r + 1]."""
+
+    row_start: np.ndarray  # int64 [rows + 1]
+    place: np.ndarray  # int64 [pieces], index into the stream
+    offset: np.ndarray  # int64 [pieces], tokens into the document
+    length: np.ndarray  # int64 [pieces]
+    next_place: int  # document of the first unused token
+    next_offset: int
+
+
+class ExactPieces(NamedTuple):
+    """Pieces of fixed lengths cut out of a stream."""
+
+    pieces: list[tuple[np.ndarray, np.ndarray]]  # per target: place, offset, both int64 [need]
+    num_documents: int  # cut up; the next stage starts after them
+    num_tail_tokens: int  # dropped because shorter than the shortest target
+    num_unused_tokens: int  # in pieces that were cut but not needed
+
+
+def load_native() -> ctypes.CDLL | None:
+    """The native library, or None (logged once) where it is not built."""
+    package = Path(__file__).resolve().parent
+    build = package.parents[1] / "build"
+    return _open_first((package, build / "native", build))
+
+
+@functools.cache
+def _open_first(folders: tuple[Path, ...]) -> ctypes.CDLL | None:
+    """Open the library of the first folder that has one; ValueError if it cannot be used."""
+    for folder in folders:
+        path = folder / LIBRARY_NAME
+        if path.is_file():
+            return _open(path)
+    _LOG.warning("native: %s is not built; its NumPy twin runs, only slower", LIBRARY_NAME)
+    return None
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    remedy = "rebuild it (pip install -e .) or delete it to use the NumPy twin"
+    try:
+        library = ctypes.CDLL(str(path))
+        library.lclm_native_abi.restype = ctypes.c_int32
+        abi = library.lclm_native_abi()
+    except (OSError, AttributeError) as error:
+        raise ValueError(f"native: {path} cannot be used: {error}; {remedy}") from error
+    if abi != ABI:
+        raise ValueError(f"native: {path} has ABI {abi}, this package needs {ABI}; {remedy}")
+    i32, i64 = ctypes.c_int32, ctypes.c_int64
+    array = ctypes.c_void_p
+    library.lclm_pack_concat.argtypes = [array, i64, i64, i64, i64, *[array] * 5]
+    library.lclm_pack_concat.restype = i64
+    library.lclm_pack_exact.argtypes = [array, i64, array, array, i32, *[array] * 4]
+    library.lclm_pack_exact.restype = i32
+    library.lclm_assign_rows.argtypes = [array, i32, i64, array]
+    library.lclm_assign_rows.restype = None
+    return library
+
+
+def _choose(implementation: str) -> ctypes.CDLL | None:
+    """The library when it is to be used, None for the twin."""
+    if implementation not in ("auto", "native", "reference"):
+        raise ValueError(
+            f"native: implementation={implementation!r} does not exist; "
+            "use auto, native or reference"
+        )
+    library = None if implementation == "reference" else load_native()
+    if library is None and implementation == "native":
+        raise ValueError(
+            f"native: implementation='native' asked for, but {LIBRARY_NAME} is not built; "
+            "build it (pip install -e .) or use auto"
+        )
+    return library
+
+
+def _checked_lengths(lengths: np.ndarray) -> np.ndarray:
+    if lengths.ndim != 1 or lengths.dtype != np.int32:
+        raise ValueError(
+            f"native: lengths must be int32 of one dimension, got {lengths.dtype} of shape "
+            f"{lengths.shape}; convert them"
+        )
+    return np.ascontiguousarray(lengths)
+
+
+def pack_concat(
+    lengths: np.ndarray,
+    start_offset: int,
+    row_length: int,
+    num_rows: int,
+    implementation: str = "auto",
+) -> ConcatRows | None:
+    """Cut a stream of documents into rows; a document cut by a row's end goes on in the next.
+
+    Args:
+        lengths: int32 [documents], tokens of each document in stream order (0 is allowed).
+        start_offset: tokens of the first document that are already used.
+        row_length: tokens of a row.
+        num_rows: rows wanted.
+        implementation: auto, native or reference.
+
+    Returns:
+        The rows, or None when the documents do not fill them.
+
+    Raises:
+        ValueError: lengths of another type, a negative number, an implementation that is not there.
+    """
+    lengths = _checked_lengths(lengths)
+    if start_offset < 0 or row_length < 1 or num_rows < 0:
+        raise ValueError(
+            f"native: start_offset({start_offset}) >= 0, row_length({row_length}) >= 1 and "
+            f"num_rows({num_rows}) >= 0 must hold"
+        )
+    if start_offset > (lengths[0] if len(lengths) else 0):
+        raise ValueError(
+            f"native: start_offset({start_offset}) lies behind the first document of "
+            f"{lengths[:1].tolist()} tokens; start at the next document"
+        )
+    library = _choose(implementation)
+    if library is None:
+        twin = reference.pack_concat(lengths, start_offset, row_length, num_rows)
+        return None if twin is None else ConcatRows(*twin[:4], *twin[4])
+    request = (lengths.ctypes.data, len(lengths), start_offset, row_length, num_rows)
+    num_pieces = library.lclm_pack_concat(*request, None, None, None, None, None)
+    if num_pieces < 0:
+        return None
+    row_start = np.empty(num_rows + 1, np.int64)
+    place, offset, length = (np.empty(num_pieces, np.int64) for _ in range(3))
+    upcoming = np.empty(2, np.int64)
+    outputs = (row_start, place, offset, length, upcoming)
+    library.lclm_pack_concat(*request, *(item.ctypes.data for item in outputs))
+    return ConcatRows(row_start, place, offset, length, int(upcoming[0]), int(upcoming[1]))
+
+
+def pack_exact(
+    lengths: np.ndarray,
+    targets: np.ndarray,
+    needs: np.ndarray,
+    implementation: str = "auto",
+) -> ExactPieces | None:
+    """Cut each document from the front into the longest target it still fills, until needs are met.
+
+    This is ProLong's cutting of long documents (arXiv 2410.02660, appendix A.2).
+
+    Args:
+        lengths: int32 [documents], tokens of each document in stream order.
+        targets: piece lengths, falling, at least 1.
+        needs: pieces wanted of each target.
+        implementation: auto, native or reference.
+
+    Returns:
+        The pieces, or None when the documents run out first.
+
+    Raises:
+        ValueError: lengths of another type, targets that do not fall, an implementation that is
+            not there.
+    """
+    lengths = _checked_lengths(lengths)
+    targets = np.ascontiguousarray(targets, np.int64)
+    needs = np.ascontiguousarray(needs, np.int64)
+    is_falling = len(targets) > 0 and bool((np.diff(targets) < 0).all()) and targets[-1] >= 1
+    if not is_falling or len(needs) != len(targets) or needs.min() < 0:
+        raise ValueError(
+            f"native: targets {targets.tolist()} must be positive and falling, with one need >= 0 "
+            f"each, got {needs.tolist()}"
+        )
+    library = _choose(implementation)
+    if library is None:
+        twin = reference.pack_exact(lengths, targets, needs)
+        return None if twin is None else ExactPieces(twin[0], *twin[1])
+    place, offset = (np.empty(int(needs.sum()), np.int64) for _ in range(2))
+    found = np.empty(len(targets), np.int64)
+    stats = np.empty(3, np.int64)
+    inputs = (lengths.ctypes.data, len(lengths), targets.ctypes.data, needs.ctypes.data)
+    outputs = (item.ctypes.data for item in (place, offset, found, stats))
+    if library.lclm_pack_exact(*inputs, len(targets), *outputs) != 0:
+        return None
+    borders = np.cumsum(needs)[:-1]
+    pieces = list(zip(np.split(place, borders), np.split(offset, borders)))
+    return ExactPieces(pieces, *stats.tolist())
+
+
+def assign_rows(weights: np.ndarray, num_rows: int, implementation: str = "auto") -> np.ndarray:
+    """Give each row to an entry so that every prefix of rows is within one row of its share.
+
+    Tijdeman's rule (The chairman assignment problem, Discrete Mathematics 32, 1980): the distance
+    never exceeds 1 - 1 / (2n - 2) rows for n entries.
+
+    Args:
+        weights: the shares as positive integers that add up to at most 10^15.
+        num_rows: rows wanted.
+        implementation: auto, native or reference.
+
+    Returns:
+        int16 [num_rows], the entry of each row.
+
+    Raises:
+        ValueError: weights that are not positive or too large, too many entries, an implementation
+            that is not there.
+    """
+    weights = np.ascontiguousarray(weights, np.int64)
+    if not 1 <= len(weights) <= MAX_ENTRIES or weights.min() < 1 or weights.sum() > 10**15:
+        raise ValueError(
+            f"native: 1 to {MAX_ENTRIES} weights, each at least 1, with a sum of at most 10^15 are "
+            f"needed, got {len(weights)} weights {weights.tolist()[:8]}"
+        )
+    library = _choose(implementation)
+    if library is None:
+        return reference.assign_rows(weights, num_rows)
+    entry_of_row = np.empty(num_rows, np.int16)
+    library.lclm_assign_rows(weights.ctypes.data, len(weights), num_rows, entry_of_row.ctypes.data)
+    return entry_of_row
