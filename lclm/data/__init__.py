@@ -1,0 +1,1 @@
+"""From text to rows: readers, tokenizer, indexed files, rows, mixture, loader, labels."""

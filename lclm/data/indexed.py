@@ -1,0 +1,312 @@
+"""Token files in Megatron's indexed format: `<prefix>.bin`, `<prefix>.idx` and our `<prefix>.json`.
+
+`.bin` holds the tokens of all documents back to back. `.idx`, little endian: 9 bytes
+`MMIDIDX\\0\\0`, u64 version 1, u8 dtype code, u64 number of sequences N, u64 number of document
+borders D, int32[N] sequence lengths, int64[N] byte offsets, int64[D] borders counted in sequences.
+We write one sequence per document. A document without tokens has no sequence, only a border, as in
+Megatron-LM's own tool; readers here do not number such documents.
+`.json` says where the tokens come from (tokenizer, sources, options) and what they look like.
+"""
+
+import json
+import os
+import struct
+from array import array
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+
+__all__ = ["IndexedReader", "IndexedWriter", "dtype_for_vocab", "length_histogram"]
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+_HEADER = struct.Struct("<9sQBQQ")
+# Megatron's codes (datasets/indexed_dataset.py, DType); 6 and 7 are floats and hold no tokens
+_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+_CODES = {np.dtype(kind): code for code, kind in _DTYPES.items()}
+_ENDINGS = (".bin", ".json", ".idx")  # .idx is renamed last: with it the files are complete
+MAX_DOCUMENT = 2**31 - 1  # lengths are int32
+COPY_BYTES = 1 << 24
+
+
+def dtype_for_vocab(vocab_size: int) -> np.dtype:
+    """Megatron's rule: uint16 when vocab_size < 65500, else int32."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
+def length_histogram(lengths: np.ndarray) -> dict[str, int]:
+    """Documents per power of two: key 2^k counts lengths in [2^k, 2^(k+1)); empty bins left out."""
+    # frexp gives length = mantissa * 2^exponent with mantissa in [0.5, 1): exact for int32
+    exponents = np.frexp(lengths[lengths > 0].astype(np.float64))[1] - 1
+    bins, counts = np.unique(exponents, return_counts=True)
+    return {str(1 << int(k)): int(count) for k, count in zip(bins, counts)}
+
+
+class IndexedReader:
+    """The documents of one prefix, memory-mapped.
+
+    Attributes:
+        lengths: int32 [num_docs], tokens of each document that has any.
+        num_tokens: their sum.
+        dtype: of the stored tokens.
+        metadata: contents of `<prefix>.json`; empty when there is none (files of another tool).
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str]) -> None:
+        """Open `<prefix>.bin` and `<prefix>.idx`.
+
+        Raises:
+            ValueError: a file is missing, is not of this format, or the two do not match.
+        """
+        self.prefix = os.fspath(prefix)
+        bin_path, idx_path = Path(self.prefix + ".bin"), Path(self.prefix + ".idx")
+        for path in (bin_path, idx_path):
+            if not path.is_file():
+                raise ValueError(
+                    f"{path}: no such file; a prefix names <prefix>.bin and <prefix>.idx, which "
+                    "tools/preprocess_data.py writes"
+                )
+        self.dtype, lengths, pointers, borders = _read_index(idx_path)
+        self.num_tokens = int(lengths.sum(dtype=np.int64))
+        num_bytes = self.num_tokens * self.dtype.itemsize
+        if bin_path.stat().st_size != num_bytes:
+            raise ValueError(
+                f"{bin_path}: has {bin_path.stat().st_size} bytes, but {idx_path.name} describes "
+                f"{num_bytes} ({self.num_tokens} tokens of {self.dtype.itemsize} bytes); the file "
+                "is cut short or belongs to another index: copy or write both again"
+            )
+        self.lengths, self._token_start = _documents(idx_path, lengths, borders)
+        expected = _starts(lengths) * self.dtype.itemsize
+        if not np.array_equal(pointers, expected):
+            raise ValueError(
+                f"{idx_path}: its byte offsets do not follow from its lengths; the file is damaged:"
+                " write it again"
+            )
+        # mmap refuses a file of no bytes
+        self._tokens = (
+            np.memmap(bin_path, dtype=self.dtype, mode="r").view(np.ndarray)
+            if num_bytes
+            else np.empty(0, self.dtype)
+        )
+        self.metadata = _read_metadata(Path(self.prefix + ".json"), self.num_tokens)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def read(self, doc: int, offset: int = 0, length: int | None = None) -> np.ndarray:
+        """Tokens [offset, offset + length) of document doc; length None: up to its end.
+
+        Returns a read-only view of dtype `self.dtype`.
+
+        Raises:
+            ValueError: the range does not lie in the document.
+        """
+        if not 0 <= doc < len(self.lengths):
+            raise ValueError(f"{self.prefix}: document {doc} of {len(self.lengths)} does not exist")
+        end = int(self.lengths[doc]) if length is None else offset + length
+        if not 0 <= offset <= end <= self.lengths[doc]:
+            raise ValueError(
+                f"{self.prefix}: tokens [{offset}, {end}) are not inside document {doc} of "
+                f"{self.lengths[doc]} tokens"
+            )
+        start = int(self._token_start[doc])
+        return self._tokens[start + offset : start + end]
+
+
+def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
+    """dtype, lengths int32 [N], byte offsets int64 [N], borders int64 [D] of an .idx file."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(_HEADER.size)
+    if len(head) < _HEADER.size or head[: len(MAGIC)] != MAGIC:
+        raise ValueError(
+            f"{path}: starts with {head[: len(MAGIC)]!r}, an index starts with {MAGIC!r}; this is "
+            "not an index of Megatron's format: write it with tools/preprocess_data.py"
+        )
+    _, version, code, num_sequences, num_borders = _HEADER.unpack(head)
+    if version != VERSION:
+        raise ValueError(
+            f"{path}: index version {version}, only version {VERSION} can be read; write it again"
+        )
+    if code not in _DTYPES:
+        raise ValueError(
+            f"{path}: dtype code {code}, token files have one of {sorted(_DTYPES)}; write it again"
+        )
+    needed = _HEADER.size + num_sequences * 12 + num_borders * 8
+    # Megatron appends one int8 mode per sequence to multimodal files
+    if size not in (needed, needed + num_sequences):
+        raise ValueError(
+            f"{path}: has {size} bytes, its header asks for {needed}; the file is cut short or "
+            "damaged: copy or write it again"
+        )
+    raw = np.memmap(path, mode="r")
+    at = _HEADER.size
+    lengths = np.frombuffer(raw, "<i4", num_sequences, at)
+    pointers = np.frombuffer(raw, "<i8", num_sequences, at + num_sequences * 4)
+    borders = np.frombuffer(raw, "<i8", num_borders, at + num_sequences * 12)
+    is_ordered = num_borders > 0 and borders[0] == 0 and borders[-1] == num_sequences
+    if not is_ordered or (np.diff(borders) < 0).any() or (lengths < 0).any():
+        raise ValueError(
+            f"{path}: document borders must rise from 0 to the {num_sequences} sequences and no "
+            "length may be negative; the file is damaged: write it again"
+        )
+    return np.dtype(_DTYPES[code]), lengths, pointers, borders
+
+
+def _starts(lengths: np.ndarray) -> np.ndarray:
+    """int64 [N]: sum of the lengths before each."""
+    starts = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, dtype=np.int64, out=starts[1:])
+    return starts[:-1]
+
+
+def _documents(
+    path: Path, lengths: np.ndarray, borders: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths int32 and first tokens int64 of the documents that have tokens."""
+    token_borders = np.append(_starts(lengths), lengths.sum(dtype=np.int64))[borders]
+    document_lengths = np.diff(token_borders)
+    if len(document_lengths) and document_lengths.max() > MAX_DOCUMENT:
+        raise ValueError(
+            f"{path}: document {document_lengths.argmax()} has {document_lengths.max()} tokens in "
+            f"several sequences; at most {MAX_DOCUMENT} can be read: split it"
+        )
+    has_tokens = document_lengths > 0
+    return document_lengths[has_tokens].astype(np.int32), token_borders[:-1][has_tokens]
+
+
+def _read_metadata(path: Path, num_tokens: int) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: is not JSON ({error}); write the prefix again") from error
+    if not isinstance(metadata, dict) or metadata.get("tokens") != num_tokens:
+        raise ValueError(
+            f"{path}: does not describe the {num_tokens} tokens of the files beside it; it belongs "
+            "to another version of them: write the prefix again, or delete the .json"
+        )
+    return metadata
+
+
+class IndexedWriter:
+    """Writes one prefix. Use as a context manager: files appear under their names only on success.
+
+    Attributes:
+        metadata: put into `<prefix>.json`, where tokens, documents, empty_documents, vocab_size,
+            dtype and length_histogram are added.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str], vocab_size: int) -> None:
+        """Prepare `<prefix>.bin`, `.idx` and `.json`; folders on the way are created."""
+        self.prefix = os.fspath(prefix)
+        self.vocab_size = vocab_size
+        self.dtype = dtype_for_vocab(vocab_size)
+        self.metadata: dict[str, Any] = {}
+        self.num_empty_documents = 0
+        self._lengths = array("i")
+        self._borders = array("q", [0])
+        self._bin: BinaryIO | None = None
+
+    def __enter__(self) -> "IndexedWriter":
+        Path(self.prefix).absolute().parent.mkdir(parents=True, exist_ok=True)
+        self._bin = open(self._temporary(".bin"), "wb")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file().close()
+        try:
+            if kind is None:
+                self._write_index()
+                self._write_metadata()
+                for ending in _ENDINGS:
+                    os.replace(self._temporary(ending), self.prefix + ending)
+        finally:
+            for ending in _ENDINGS:
+                Path(self._temporary(ending)).unlink(missing_ok=True)
+
+    def add_document(self, ids: np.ndarray | list[int]) -> None:
+        """Append one document; one without tokens is counted and gets a border only.
+
+        Raises:
+            ValueError: an id lies outside the vocabulary, or the document is too long.
+        """
+        tokens = np.asarray(ids, dtype=np.int64)
+        if len(tokens) > MAX_DOCUMENT:
+            raise ValueError(
+                f"{self.prefix}: document {len(self._borders) - 1} has {len(tokens)} tokens, the "
+                f"format holds at most {MAX_DOCUMENT}; split it"
+            )
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
+            raise ValueError(
+                f"{self.prefix}: document {len(self._borders) - 1} holds ids from {tokens.min()} to"
+                f" {tokens.max()}, the vocabulary has {self.vocab_size}; use the tokenizer's "
+                "vocabulary size"
+            )
+        self._file().write(tokens.astype(self.dtype).tobytes())
+        self._add_length(len(tokens))
+
+    def add_tokens(self, source: BinaryIO, num_bytes: int, lengths: np.ndarray) -> None:
+        """Append documents whose tokens are the next num_bytes of source, already in `self.dtype`.
+
+        Raises:
+            ValueError: num_bytes are not the sum of lengths, or source ends too early.
+        """
+        if int(lengths.sum(dtype=np.int64)) * self.dtype.itemsize != num_bytes:
+            raise ValueError(
+                f"{self.prefix}: {num_bytes} bytes do not hold {lengths.sum()} tokens of "
+                f"{self.dtype}"
+            )
+        while num_bytes:
+            block = source.read(min(num_bytes, COPY_BYTES))
+            if not block:
+                raise ValueError(f"{self.prefix}: a shard ended {num_bytes} bytes too early")
+            self._file().write(block)
+            num_bytes -= len(block)
+        for length in lengths.tolist():
+            self._add_length(length)
+
+    def _add_length(self, length: int) -> None:
+        if length:
+            self._lengths.append(length)
+        else:
+            self.num_empty_documents += 1
+        self._borders.append(len(self._lengths))
+
+    def _file(self) -> BinaryIO:
+        assert self._bin is not None, "IndexedWriter is used inside a with statement"
+        return self._bin
+
+    def _temporary(self, ending: str) -> str:
+        return f"{self.prefix}{ending}.tmp-{os.getpid()}"
+
+    def _write_index(self) -> None:
+        lengths = np.asarray(self._lengths, np.int32)
+        borders = np.asarray(self._borders, np.int64)
+        with open(self._temporary(".idx"), "wb") as file:
+            head = (MAGIC, VERSION, _CODES[self.dtype], len(lengths), len(borders))
+            file.write(_HEADER.pack(*head))
+            file.write(lengths.astype("<i4").tobytes())
+            file.write((_starts(lengths) * self.dtype.itemsize).astype("<i8").tobytes())
+            file.write(borders.astype("<i8").tobytes())
+
+    def _write_metadata(self) -> None:
+        lengths = np.asarray(self._lengths, np.int32)
+        counts = {
+            "vocab_size": self.vocab_size,
+            "dtype": self.dtype.name,
+            "tokens": int(lengths.sum(dtype=np.int64)),
+            "documents": len(lengths),
+            "empty_documents": self.num_empty_documents,
+            "length_histogram": length_histogram(lengths),
+        }
+        text = json.dumps(self.metadata | counts, indent=2, ensure_ascii=True)
+        Path(self._temporary(".json")).write_text(text + "\n", encoding="utf-8")

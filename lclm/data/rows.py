@@ -1,0 +1,172 @@
+"""Documents of one domain packed into rows.
+
+`exact` (ProLong, arXiv 2410.02660 A.2): each document is cut from the front into the longest piece
+length it still fills; the tail below the smallest is dropped and counted; a row is
+seq_length / piece_length pieces of one length. `concat`: documents one after another, cut at the
+end of each row, the remainder opening the next row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lclm.data.domain import Cursor, Domain
+from lclm_kernels.native import pack_concat, pack_exact
+
+__all__ = ["DomainRows", "PackedRows", "build_concat_rows", "build_exact_rows"]
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Rows as pieces of documents: row r is the pieces row_start[r] .. row_start[r + 1]."""
+
+    row_start: np.ndarray  # int64 [R + 1]
+    doc: np.ndarray  # int64 [P], document number of the reader
+    offset: np.ndarray  # int64 [P], first token of the piece in its document
+    length: np.ndarray  # int64 [P], tokens
+    epoch: np.ndarray  # int64 [R], epoch of the row's first piece
+
+    def __len__(self) -> int:
+        return len(self.row_start) - 1
+
+
+@dataclass(frozen=True)
+class DomainRows:
+    """What one domain gives to one stage."""
+
+    rows: list[PackedRows]  # in the order of the piece lengths asked for
+    next_cursor: Cursor
+    num_tail_tokens: int  # dropped: shorter than the smallest piece
+    num_unused_tokens: int  # cut to a piece length that had enough pieces already
+
+
+def build_concat_rows(
+    domain: Domain, cursor: Cursor, row_length: int, num_rows: int, max_epochs: int, where: str
+) -> DomainRows:
+    """The next num_rows rows of the stream of documents, starting at cursor.
+
+    Raises:
+        ValueError: more than max_epochs passes over the domain are needed.
+    """
+    lengths = domain.train_lengths
+    epoch_tokens = int(lengths.sum(dtype=np.int64))
+    place = cursor.ordinal % domain.num_docs
+    epoch = cursor.ordinal // domain.num_docs
+    docs = domain.stream(cursor.ordinal, (epoch + 1) * domain.num_docs)
+    first_tokens = int(domain.reader.lengths[docs].sum(dtype=np.int64)) - cursor.offset
+    needed = num_rows * row_length
+    more_epochs = max(0, -(-(needed - first_tokens) // epoch_tokens))
+    if needed and epoch + 1 + more_epochs > max_epochs:
+        there = max(0, first_tokens + (max_epochs - epoch - 1) * epoch_tokens)
+        if epoch >= max_epochs:
+            there = 0
+        raise ValueError(
+            f"{where}: {domain.prefix} needs {needed} tokens, {there} are left of {max_epochs} "
+            f"epochs of {epoch_tokens} tokens; lower its share or the stage's tokens, raise "
+            "data.max_epochs, or add data"
+        )
+    if more_epochs:
+        start = (epoch + 1) * domain.num_docs
+        more = domain.stream(start, start + more_epochs * domain.num_docs)
+        docs = np.concatenate([docs, more])
+    packed = pack_concat(domain.reader.lengths[docs], cursor.offset, row_length, num_rows)
+    assert packed is not None, "the token count above promised enough documents"
+    first_piece = packed.place[packed.row_start[:-1]]
+    rows = PackedRows(
+        packed.row_start,
+        docs[packed.place],
+        packed.offset,
+        packed.length,
+        epoch + (place + first_piece) // domain.num_docs,
+    )
+    next_cursor = Cursor(cursor.ordinal + packed.next_place, packed.next_offset)
+    return DomainRows([rows], next_cursor, 0, 0)
+
+
+def build_exact_rows(
+    domain: Domain,
+    cursor: Cursor,
+    row_length: int,
+    piece_lengths: Sequence[int],
+    num_rows: Sequence[int],
+    max_epochs: int,
+    where: str,
+) -> DomainRows:
+    """The next num_rows[i] rows of pieces of piece_lengths[i] tokens, starting at cursor.
+
+    A document that an earlier stage used in part is left out.
+
+    Raises:
+        ValueError: no document is long enough, or more than max_epochs passes are needed.
+    """
+    first_ordinal = cursor.ordinal + (1 if cursor.offset else 0)
+    falling = sorted(range(len(piece_lengths)), key=lambda i: -piece_lengths[i])
+    targets = np.array([piece_lengths[i] for i in falling], np.int64)
+    needs = np.array([num_rows[i] * (row_length // piece_lengths[i]) for i in falling], np.int64)
+    epoch = first_ordinal // domain.num_docs
+    docs = domain.stream(first_ordinal, (epoch + 1) * domain.num_docs)
+    more_epochs = _exact_epochs(domain, docs, targets, needs, epoch, max_epochs, where)
+    if more_epochs:
+        start = (epoch + 1) * domain.num_docs
+        more = domain.stream(start, start + more_epochs * domain.num_docs)
+        docs = np.concatenate([docs, more])
+    packed = pack_exact(domain.reader.lengths[docs], targets, needs)
+    assert packed is not None, "the piece counts above promised enough documents"
+    rows: list[PackedRows | None] = [None] * len(falling)
+    for i, (place, offset) in zip(falling, packed.pieces):
+        row_start = np.arange(num_rows[i] + 1, dtype=np.int64) * (row_length // piece_lengths[i])
+        length = np.full(len(place), piece_lengths[i], np.int64)
+        first_piece = first_ordinal + place[row_start[:-1]]
+        rows[i] = PackedRows(row_start, docs[place], offset, length, first_piece // domain.num_docs)
+    return DomainRows(
+        [packed_rows for packed_rows in rows if packed_rows is not None],
+        Cursor(first_ordinal + packed.num_documents),
+        packed.num_tail_tokens,
+        packed.num_unused_tokens,
+    )
+
+
+def _exact_epochs(
+    domain: Domain,
+    first_docs: np.ndarray,
+    targets: np.ndarray,
+    needs: np.ndarray,
+    epoch: int,
+    max_epochs: int,
+    where: str,
+) -> int:
+    """Epochs needed after the one the stage starts in; refuses what max_epochs does not allow."""
+    in_epoch = _count_pieces(domain.train_lengths, targets)
+    in_first = _count_pieces(domain.reader.lengths[first_docs], targets)
+    more_epochs = 0
+    for target, need, per_epoch, first in zip(targets.tolist(), needs.tolist(), in_epoch, in_first):
+        if per_epoch == 0:
+            longer = [other for other in targets.tolist() if other > target]
+            also = f" after pieces of {longer} tokens are cut off" if longer else ""
+            raise ValueError(
+                f"{where}: {domain.prefix} has no document that fills a piece of {target} tokens"
+                f"{also}; its longest document has {domain.train_lengths.max()}: use a smaller "
+                "piece_length, packing concat, or longer documents"
+            )
+        missing_epochs = max(0, -(-(need - first) // per_epoch))
+        if need and epoch + 1 + missing_epochs > max_epochs:
+            there = first + (max_epochs - epoch - 1) * per_epoch if epoch < max_epochs else 0
+            raise ValueError(
+                f"{where}: {domain.prefix} needs {need * target} tokens in {need} pieces of "
+                f"{target}, {there * target} in {there} pieces are left of {max_epochs} epochs of "
+                f"{per_epoch * target} tokens; lower its share or the stage's tokens, raise "
+                "data.max_epochs, or add data"
+            )
+        more_epochs = max(more_epochs, missing_epochs)
+    return more_epochs
+
+
+def _count_pieces(lengths: np.ndarray, targets: np.ndarray) -> list[int]:
+    """Pieces of each target (falling) that documents of these lengths give."""
+    rest = lengths.astype(np.int64)
+    counts = []
+    for target in targets.tolist():
+        pieces, rest = np.divmod(rest, target)
+        counts.append(int(pieces.sum()))
+    return counts
