@@ -1,0 +1,5 @@
+"""AdamW whose step counter lives in the parameter group."""
+
+from .ops import AdamW
+
+__all__ = ["AdamW"]

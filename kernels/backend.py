@@ -1,0 +1,87 @@
+"""Which implementation of an operator runs, and why.
+
+An operator lists its implementations best first, as `Candidate`s. `choose` returns the name of the
+first one that can serve the request, or of the one asked for. A wish that cannot be met is an
+error and never another implementation. Every distinct choice is logged once with its reason.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["AUTO", "Candidate", "choose"]
+
+AUTO = "auto"
+_LOG = logging.getLogger("lclm_kernels")
+_logged: set[tuple[str, str, str, str, str]] = set()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One implementation of an operator and what it accepts."""
+
+    name: str
+    device_types: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    is_automatic: bool = True  # False: runs only when asked for by name
+
+    def refusal(self, device: torch.device, dtype: torch.dtype) -> str:
+        """Say why this implementation cannot serve device and dtype; empty if it can."""
+        if device.type not in self.device_types:
+            return f"runs on {'/'.join(self.device_types)}, the tensors are on {device.type}"
+        if dtype not in self.dtypes:
+            names = ", ".join(str(item).removeprefix("torch.") for item in self.dtypes)
+            return f"takes {names}, the tensors are {str(dtype).removeprefix('torch.')}"
+        return ""
+
+
+def choose(
+    op: str,
+    wish: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    candidates: Sequence[Candidate],
+) -> str:
+    """Return the name of the implementation that serves this call.
+
+    Args:
+        op: operator name, for messages.
+        wish: "auto", or the name of one implementation.
+        device, dtype: of the operator's inputs.
+        candidates: what there is, best first.
+
+    Raises:
+        ValueError: the wish names no implementation, or one that cannot serve device and dtype, or
+            no implementation can.
+    """
+    refusals = {item.name: item.refusal(device, dtype) for item in candidates}
+    if wish != AUTO:
+        if wish not in refusals:
+            raise ValueError(
+                f"{op}: implementation={wish!r} does not exist; "
+                f"use one of {', '.join([AUTO, *refusals])}"
+            )
+        if refusals[wish]:
+            raise ValueError(
+                f"{op}: implementation={wish!r} cannot run: it {refusals[wish]}; "
+                f"use implementation={AUTO!r} or move the tensors"
+            )
+        _log_once(op, wish, "asked for by name", device, dtype)
+        return wish
+    automatic = [item.name for item in candidates if item.is_automatic]
+    for name in automatic:
+        if not refusals[name]:
+            passed_over = [f"{n} {refusals[n]}" for n in automatic[: automatic.index(name)]]
+            _log_once(op, name, "; ".join(passed_over) or "best first", device, dtype)
+            return name
+    reasons = "; ".join(f"{name} {refusals[name]}" for name in automatic)
+    raise ValueError(f"{op}: no implementation serves these tensors: {reasons}; convert them")
+
+
+def _log_once(op: str, name: str, reason: str, device: torch.device, dtype: torch.dtype) -> None:
+    key = (op, name, reason, device.type, str(dtype))
+    if key not in _logged:
+        _logged.add(key)
+        _LOG.info("%s: %s implementation on %s %s (%s)", op, name, device.type, dtype, reason)

@@ -1,0 +1,215 @@
+"""Interval attention: validation, dispatch and autograd.
+
+Letters: T query tokens, S key tokens, N query heads, K kv heads, H head size. Accumulators are
+fp32, for fp64 inputs fp64.
+"""
+
+import math
+
+import torch
+
+from ..backend import AUTO, Candidate, choose
+from .cpu_impl import cpu_bwd, cpu_fwd
+from .plan import IntervalPlan
+from .reference import reference_bwd, reference_fwd
+from .sdpa_impl import sdpa_bwd, sdpa_fwd
+
+__all__ = ["backward", "forward", "interval_attention"]
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_CANDIDATES = (
+    Candidate("cpu", ("cpu",), (*_FLOATS, torch.float64)),
+    Candidate("sdpa", ("cuda",), _FLOATS),
+    Candidate("reference", ("cpu", "cuda"), (*_FLOATS, torch.float64), is_automatic=False),
+)
+_WHERE = "interval_attention: "
+
+
+def forward(
+    q_TNH: torch.Tensor,
+    k_SKH: torch.Tensor,
+    v_SKH: torch.Tensor,
+    plan: IntervalPlan,
+    scale: float,
+    carry: tuple[torch.Tensor, torch.Tensor] | None = None,
+    implementation: str = AUTO,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend from each query to its interval of the keys. No autograd.
+
+    Args:
+        q_TNH: [T, N, H]; k_SKH, v_SKH: [S, K, H] with N % K == 0, all of one dtype (fp32, bf16,
+            fp16, fp64), any strides.
+        plan: of T rows and S keys.
+        scale: factor of the scores, usually H ** -0.5.
+        carry: (out fp32 [T, N, H], lse fp32 [N, T]) of the keys seen so far (start: zeros, -inf),
+            updated in place and returned.
+        implementation: "auto", "reference" (dense), "cpu" or "sdpa" (CUDA).
+
+    Returns:
+        (out [T, N, H] in q's dtype, or the carry's; lse [N, T], natural log). A row that sees
+        nothing has out 0 and lse -inf.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together or the implementation.
+    """
+    _check_qkv(q_TNH, k_SKH, v_SKH, plan, scale)
+    chosen = choose("interval_attention", implementation, q_TNH.device, q_TNH.dtype, _CANDIDATES)
+    num_queries, num_heads, _ = q_TNH.shape
+    wide = _wide_dtype(q_TNH.dtype)
+    if carry is None:
+        out = torch.zeros(q_TNH.shape, dtype=wide, device=q_TNH.device)
+        lse_shape = (num_heads, num_queries)
+        lse = torch.full(lse_shape, float("-inf"), dtype=wide, device=q_TNH.device)
+    else:
+        out, lse = carry
+        _check("carry out", out, q_TNH.shape, wide, q_TNH.device)
+        _check("carry lse", lse, (num_heads, num_queries), wide, q_TNH.device)
+    if chosen == "reference":
+        reference_fwd(q_TNH, k_SKH, v_SKH, plan, scale, out, lse)
+    else:
+        run = {"cpu": cpu_fwd, "sdpa": sdpa_fwd}[chosen]
+        run(q_TNH, k_SKH, v_SKH, plan, scale, out, lse, carry is None)
+    return (out.to(q_TNH.dtype) if carry is None else out), lse
+
+
+def backward(
+    dout_TNH: torch.Tensor,
+    q_TNH: torch.Tensor,
+    k_SKH: torch.Tensor,
+    v_SKH: torch.Tensor,
+    out_TNH: torch.Tensor,
+    lse_NT: torch.Tensor,
+    delta_NT: torch.Tensor,
+    plan: IntervalPlan,
+    scale: float,
+    dq_TNH: torch.Tensor,
+    dk_SKH: torch.Tensor,
+    dv_SKH: torch.Tensor,
+    deterministic: bool = False,
+    implementation: str = AUTO,
+) -> None:
+    """Add the gradients that flow through these keys to dq, dk, dv. No autograd.
+
+    With out, lse and delta of the whole row, the calls over the shards of the keys add up to the
+    gradients of the whole row exactly.
+
+    Args:
+        dout_TNH: gradient of the whole row's out, [T, N, H].
+        q_TNH, k_SKH, v_SKH, plan, scale, implementation: as in `forward`.
+        out_TNH: the whole row's out, fp32 or q's dtype; lse_NT: the whole row's, [N, T].
+        delta_NT: fp32 [N, T], sum over H of dout * out. An implementation may compute it again
+            from dout and out, so nothing else can be folded into it.
+        dq_TNH, dk_SKH, dv_SKH: fp32 (fp64) accumulators in the shapes of q, k, v.
+        deterministic: the same inputs give the same bits; "cpu" and "reference" always do.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together or the implementation, or a
+            deterministic run was asked of "sdpa".
+    """
+    _check_qkv(q_TNH, k_SKH, v_SKH, plan, scale)
+    chosen = choose("interval_attention", implementation, q_TNH.device, q_TNH.dtype, _CANDIDATES)
+    if deterministic and chosen == "sdpa":
+        raise ValueError(
+            f"{_WHERE}implementation 'sdpa' has no deterministic backward; use "
+            "deterministic=False or implementation='reference'"
+        )
+    wide = _wide_dtype(q_TNH.dtype)
+    device = q_TNH.device
+    num_queries, num_heads, _ = q_TNH.shape
+    for name, x, shape in (
+        ("dq", dq_TNH, q_TNH.shape),
+        ("dk", dk_SKH, k_SKH.shape),
+        ("dv", dv_SKH, k_SKH.shape),
+    ):
+        _check(name, x, shape, wide, device)
+    for name, x in (("lse", lse_NT), ("delta", delta_NT)):
+        _check(name, x, (num_heads, num_queries), wide, device)
+    for name, x in (("dout", dout_TNH), ("out", out_TNH)):
+        _check(name, x, q_TNH.shape, wide if x.dtype == wide else q_TNH.dtype, device)
+    if chosen == "reference":
+        reference_bwd(
+            dout_TNH, q_TNH, k_SKH, v_SKH, lse_NT, delta_NT, plan, scale, dq_TNH, dk_SKH, dv_SKH
+        )
+    else:
+        run = {"cpu": cpu_bwd, "sdpa": sdpa_bwd}[chosen]
+        run(dout_TNH, q_TNH, k_SKH, v_SKH, out_TNH, lse_NT, plan, scale, dq_TNH, dk_SKH, dv_SKH)
+
+
+class _IntervalAttentionFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q_TNH, k_SKH, v_SKH, plan, scale, implementation):
+        out, lse = forward(q_TNH, k_SKH, v_SKH, plan, scale, None, implementation)
+        ctx.save_for_backward(q_TNH, k_SKH, v_SKH, out, lse)
+        ctx.arguments = (plan, scale, implementation)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout_TNH):
+        q, k, v, out, lse = ctx.saved_tensors
+        plan, scale, implementation = ctx.arguments
+        delta = (dout_TNH.to(lse.dtype) * out.to(lse.dtype)).sum(dim=-1).t()
+        grads = [torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v)]
+        backward(
+            dout_TNH, q, k, v, out, lse, delta, plan, scale, *grads, implementation=implementation
+        )
+        dq, dk, dv = (grad.to(q.dtype) for grad in grads)
+        return dq, dk, dv, None, None, None
+
+
+def interval_attention(
+    q_TNH: torch.Tensor,
+    k_SKH: torch.Tensor,
+    v_SKH: torch.Tensor,
+    plan: IntervalPlan,
+    scale: float,
+    implementation: str = AUTO,
+) -> torch.Tensor:
+    """Attend from each query to its interval of the keys, with autograd, keys on one shard.
+
+    Arguments and errors as in `forward`. Returns out [T, N, H] in q's dtype.
+    """
+    return _IntervalAttentionFunction.apply(q_TNH, k_SKH, v_SKH, plan, scale, implementation)
+
+
+def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check(
+    name: str, x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    if x.shape != torch.Size(shape) or x.dtype != dtype or x.device != device:
+        raise ValueError(
+            f"{_WHERE}{name} must be {dtype} {list(shape)} on {device}, got {x.dtype} "
+            f"{list(x.shape)} on {x.device}"
+        )
+
+
+def _check_qkv(
+    q_TNH: torch.Tensor,
+    k_SKH: torch.Tensor,
+    v_SKH: torch.Tensor,
+    plan: IntervalPlan,
+    scale: float,
+) -> None:
+    if q_TNH.dim() != 3 or k_SKH.dim() != 3:
+        raise ValueError(
+            f"{_WHERE}q must be [T, N, H] and k [S, K, H], got {list(q_TNH.shape)} and "
+            f"{list(k_SKH.shape)}"
+        )
+    num_queries, num_heads, head_dim = q_TNH.shape
+    num_keys, num_kv_heads, _ = k_SKH.shape
+    _check("k", k_SKH, (num_keys, num_kv_heads, head_dim), q_TNH.dtype, q_TNH.device)
+    _check("v", v_SKH, k_SKH.shape, q_TNH.dtype, q_TNH.device)
+    if head_dim < 1 or num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"{_WHERE}{num_heads} query heads cannot share {num_kv_heads} kv heads of size "
+            f"{head_dim}; the number of query heads must be a multiple of that of kv heads"
+        )
+    if (plan.num_queries, plan.num_keys) != (num_queries, num_keys):
+        raise ValueError(
+            f"{_WHERE}the plan is for {plan.num_queries} queries and {plan.num_keys} keys, got "
+            f"{num_queries} and {num_keys}; build it from this shard's intervals"
+        )
+    if not math.isfinite(scale):
+        raise ValueError(f"{_WHERE}scale must be finite, got {scale}; H ** -0.5 is usual")

@@ -1,0 +1,77 @@
+"""Dense interval attention by formula: the truth other implementations are tested against.
+
+Letters: T query tokens, S key tokens, N query heads, K kv heads, G = N / K, H head size.
+Needs T x S memory per head. fp32 inside, fp64 for fp64 inputs.
+"""
+
+import torch
+
+from .plan import IntervalPlan
+
+__all__ = ["reference_bwd", "reference_fwd"]
+
+
+def _visible_TS(plan: IntervalPlan, device: torch.device) -> torch.Tensor:
+    keys = torch.arange(plan.num_keys, device=device)
+    lo, hi = plan.lo.to(device), plan.hi.to(device)
+    return (keys >= lo[:, None]) & (keys < hi[:, None])
+
+
+def _heads_first(x: torch.Tensor, num_groups: int, dtype: torch.dtype) -> torch.Tensor:
+    """[tokens, heads, H] -> [heads * num_groups, tokens, H]: each kv head once per query head."""
+    return x.to(dtype).transpose(0, 1).repeat_interleave(num_groups, dim=0)
+
+
+def reference_fwd(
+    q_TNH: torch.Tensor,
+    k_SKH: torch.Tensor,
+    v_SKH: torch.Tensor,
+    plan: IntervalPlan,
+    scale: float,
+    out_TNH: torch.Tensor,
+    lse_NT: torch.Tensor,
+) -> None:
+    """Merge the attention over these keys into (out, lse), fp32 or fp64, in place."""
+    dtype = lse_NT.dtype
+    num_groups = q_TNH.shape[1] // k_SKH.shape[1]
+    k, v = (_heads_first(x, num_groups, dtype) for x in (k_SKH, v_SKH))
+    scores = scale * (_heads_first(q_TNH, 1, dtype) @ k.transpose(1, 2))
+    scores = scores.masked_fill(~_visible_TS(plan, q_TNH.device), float("-inf"))
+    new_lse = torch.logaddexp(lse_NT, scores.logsumexp(dim=-1))
+    is_seen = (plan.hi > plan.lo).to(q_TNH.device)  # [T]
+    # A row that sees nothing has lse -inf on both sides: exp(-inf - -inf) is NaN, its share is 0.
+    shares = torch.where(is_seen[:, None], (scores - new_lse[..., None]).exp(), 0.0)
+    kept = torch.where(is_seen, (lse_NT - new_lse).exp(), 1.0)
+    out_TNH.mul_(kept.t()[..., None]).add_((shares @ v).transpose(0, 1))
+    lse_NT.copy_(new_lse)
+
+
+def reference_bwd(
+    dout_TNH: torch.Tensor,
+    q_TNH: torch.Tensor,
+    k_SKH: torch.Tensor,
+    v_SKH: torch.Tensor,
+    lse_NT: torch.Tensor,
+    delta_NT: torch.Tensor,
+    plan: IntervalPlan,
+    scale: float,
+    dq_TNH: torch.Tensor,
+    dk_SKH: torch.Tensor,
+    dv_SKH: torch.Tensor,
+) -> None:
+    """Add the gradients of these keys' part of the row to dq, dk, dv (FlashAttention-2, alg. 2)."""
+    dtype = lse_NT.dtype
+    num_groups = q_TNH.shape[1] // k_SKH.shape[1]
+    q, dout = (_heads_first(x, 1, dtype) for x in (q_TNH, dout_TNH))
+    k, v = (_heads_first(x, num_groups, dtype) for x in (k_SKH, v_SKH))
+    scores = scale * (q @ k.transpose(1, 2))
+    shares = (scores - lse_NT[..., None]).exp()
+    shares = torch.where(_visible_TS(plan, q.device), shares, 0.0)
+    dscores = scale * shares * (dout @ v.transpose(1, 2) - delta_NT[..., None])
+    dq_TNH.add_((dscores @ k).transpose(0, 1))
+    for total, dense in (
+        (dk_SKH, dscores.transpose(1, 2) @ q),
+        (dv_SKH, shares.transpose(1, 2) @ dout),
+    ):
+        grouped = dense.unflatten(0, (-1, num_groups)).sum(dim=1)  # [K, S, H]
+        total.add_(grouped.transpose(0, 1))

@@ -1,0 +1,189 @@
+"""Output projection and cross entropy without the logits of the whole batch.
+
+Letters: T tokens, D model size, V_local rows of this process's vocabulary shard. The gradients
+are made in the forward, chunk by chunk (Liger-Kernel, arXiv 2410.10989, section 3.2), so logits
+exist for one chunk at a time.
+"""
+
+import torch
+import torch.distributed as dist
+
+from .reference import (
+    IGNORED_LABEL,
+    ChunkLoss,
+    chunk_dlogits_reference,
+    chunk_loss_reference,
+)
+
+__all__ = ["linear_cross_entropy", "per_token_loss"]
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_start: int = 0,
+    group: dist.ProcessGroup | None = None,
+    chunk_tokens: int = 2048,
+    label_weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum the cross entropy of hidden @ weight.T over the labelled tokens.
+
+    Differentiable in hidden and weight. With a group, the gradient of hidden is this process's
+    PARTIAL sum over its vocabulary shard; the caller adds them up over the group.
+
+    Args:
+        hidden: [T, D]; with a group, the same on each process.
+        weight: [V_local, D], hidden's dtype; its gradient is summed over chunks in fp32.
+        labels: int64 [T] in the whole vocabulary; IGNORED_LABEL (-100) tokens do not count.
+        vocab_start: vocabulary entry of weight's first row.
+        group: the tensor-parallel group that holds the other shards.
+        chunk_tokens: tokens whose logits exist at the same time.
+        label_weights: fp32 [T], factor of each token's loss; None: 1.
+
+    Returns:
+        (loss_sum fp32 scalar in nats (fp64 for fp64 inputs), num_labels int64 scalar: labels not
+        ignored, and of weight > 0 if there are weights).
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or a label is in no shard. The latter is found
+            on CPU tensors only; on a GPU it makes the loss NaN instead of waiting for the device.
+    """
+    _check_inputs(hidden, weight, labels, chunk_tokens, label_weights)
+    is_counted = labels != IGNORED_LABEL
+    token_weights = is_counted.to(_loss_dtype(hidden))
+    if label_weights is not None:
+        is_counted = is_counted & (label_weights > 0)
+        token_weights = token_weights * label_weights
+    loss_sum = _LinearCrossEntropyFunction.apply(
+        hidden, weight, labels, token_weights, vocab_start, group, chunk_tokens
+    )
+    return loss_sum, is_counted.sum()
+
+
+@torch.no_grad()
+def per_token_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_start: int = 0,
+    group: dist.ProcessGroup | None = None,
+    chunk_tokens: int = 2048,
+) -> torch.Tensor:
+    """Return each token's cross entropy, fp32 [T] (fp64 for fp64), 0 where ignored; no gradient.
+
+    Arguments and errors as in `linear_cross_entropy`.
+    """
+    _check_inputs(hidden, weight, labels, chunk_tokens, None)
+    losses = torch.zeros(hidden.shape[0], dtype=_loss_dtype(hidden), device=hidden.device)
+    for start in range(0, hidden.shape[0], chunk_tokens):
+        part = slice(start, start + chunk_tokens)
+        losses[part] = _chunk_loss(hidden[part], weight, labels[part], vocab_start, group).losses
+    return losses
+
+
+class _LinearCrossEntropyFunction(torch.autograd.Function):
+    """Makes the gradients in the forward; the backward scales them by the incoming scalar."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, token_weights, vocab_start, group, chunk_tokens):
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        loss_sum = torch.zeros((), dtype=token_weights.dtype, device=hidden.device)
+        dhidden = None
+        if needs_hidden:
+            dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        dweight = None
+        if needs_weight:
+            dweight = torch.zeros_like(weight, dtype=token_weights.dtype)
+        for start in range(0, hidden.shape[0], chunk_tokens):
+            part = slice(start, start + chunk_tokens)
+            chunk = _chunk_loss(hidden[part], weight, labels[part], vocab_start, group)
+            loss_sum += torch.dot(chunk.losses, token_weights[part])
+            if not (needs_hidden or needs_weight):
+                continue
+            dlogits = chunk_dlogits_reference(chunk, token_weights[part]).to(hidden.dtype)
+            if dhidden is not None:
+                torch.mm(dlogits, weight, out=dhidden[part])
+            if dweight is not None:
+                _add_matmul(dweight, dlogits.t(), hidden[part])
+        if dweight is not None:
+            dweight = dweight.to(weight.dtype)
+        ctx.save_for_backward(dhidden, dweight)
+        return loss_sum
+
+    @staticmethod
+    def backward(ctx, dloss):
+        dhidden, dweight = (
+            None if grad is None else grad * dloss.to(grad.dtype) for grad in ctx.saved_tensors
+        )
+        return dhidden, dweight, None, None, None, None, None
+
+
+def _add_matmul(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add left @ right to total, which may be wider than both."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)  # each product is rounded once, their sum is not
+
+
+def _chunk_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_start: int,
+    group: dist.ProcessGroup | None,
+) -> ChunkLoss:
+    logits = (hidden @ weight.t()).to(_loss_dtype(hidden))
+    chunk = chunk_loss_reference(logits, labels, vocab_start, group)
+    is_lost = (labels != IGNORED_LABEL) & (chunk.num_owners != 1)
+    if labels.device.type != "cpu":
+        return chunk._replace(losses=chunk.losses.masked_fill(is_lost, float("nan")))
+    if is_lost.any():
+        label = int(labels[is_lost][0])
+        held = f"entries {vocab_start} to {vocab_start + weight.shape[0] - 1}"
+        raise ValueError(
+            f"linear_cross_entropy: label {label} is in no vocabulary shard (or in several); this "
+            f"process holds {held}; use {IGNORED_LABEL} for tokens without a label, and check the "
+            "tokenizer against vocab_size"
+        )
+    return chunk
+
+
+def _loss_dtype(hidden: torch.Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def _check_inputs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    chunk_tokens: int,
+    label_weights: torch.Tensor | None,
+) -> None:
+    where = "linear_cross_entropy: "
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{where}hidden must be [T, D] and weight [V_local, D], got {list(hidden.shape)} and "
+            f"{list(weight.shape)}"
+        )
+    if hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"{where}hidden is {hidden.dtype}, weight is {weight.dtype}; cast one to the other"
+        )
+    if labels.dtype != torch.int64 or labels.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"{where}labels must be int64 [{hidden.shape[0]}], got {labels.dtype} "
+            f"{list(labels.shape)}; one label per row of hidden"
+        )
+    if weight.shape[0] == 0:
+        raise ValueError(f"{where}weight has no rows; give every process a part of the vocabulary")
+    if chunk_tokens < 1:
+        raise ValueError(f"{where}chunk_tokens must be at least 1, got {chunk_tokens}")
+    if label_weights is not None and (
+        label_weights.dtype != torch.float32 or label_weights.shape != labels.shape
+    ):
+        raise ValueError(
+            f"{where}label_weights must be float32 [{labels.shape[0]}], got "
+            f"{label_weights.dtype} {list(label_weights.shape)}"
+        )

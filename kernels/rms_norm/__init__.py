@@ -1,0 +1,5 @@
+"""Root-mean-square layer normalisation."""
+
+from .ops import rms_norm
+
+__all__ = ["rms_norm"]
