@@ -1,0 +1,34 @@
+"""The tolerances of the tests, one per use, each with its reason. Never loosened without a note.
+
+An error bound of a kernel is `TORCH_ERROR_FACTOR` times the error of PyTorch in the same dtype
+against fp64, plus a floor for results where PyTorch happens to be exact.
+"""
+
+# Kernels: another order of the same additions may double the rounding error, not more.
+TORCH_ERROR_FACTOR = 2.0
+
+# Kernels: floors, about one rounding of a value of size 1 to 4 in that dtype.
+FLOOR_FP64 = 1e-14
+FLOOR_FP32 = 1e-6
+FLOOR_FP16 = 2e-3
+FLOOR_BF16 = 1.6e-2
+
+# Attention: the same fp32 numbers by another cut of keys or rows. Measured at most 1.5e-6 on
+# standard normal inputs; sums of up to 1,000 terms of size about 1.
+ATTENTION_SPLIT_FP32 = 1e-5
+
+# Attention: log-sum-exp in fp32 against fp64; values up to 10, one fp32 rounding there is 1e-6.
+ATTENTION_LSE_FP32 = 5e-6
+
+# RoPE: the table is fp64 rounded once to fp32 (3e-8), times values up to 4.
+ROPE_FP32 = 1e-6
+
+# Linear cross entropy: losses in nats, summed over 50 tokens of about 4 each, in fp32.
+CROSS_ENTROPY_FP32 = 1e-4
+
+# Linear cross entropy: gradients per token are at most 1 in size, summed over 50 tokens.
+CROSS_ENTROPY_GRAD_FP32 = 5e-6
+
+# Logits of a three-layer fp32 Llama, two implementations that add in different orders. Logits are
+# about 10 in size there, so this is 1e-5 of them; a wrong row or pairing changes them by over 1.
+MINI_LLAMA_LOGITS = {"rtol": 0.0, "atol": 1e-4}
