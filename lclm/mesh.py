@@ -90,6 +90,7 @@ def build_mesh(config: Config) -> Mesh:
         use_cpu()
     _join(device, world_size)
     from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
@@ -97,6 +98,8 @@ def build_mesh(config: Config) -> Mesh:
             pipeline_model_parallel_size=config.parallel.pp,
             context_parallel_size=config.parallel.cp,
         )
+    # lclm draws nothing at random inside a layer, but Megatron-core's layers ask for the tracker.
+    model_parallel_cuda_manual_seed(config.seed)
     wish = config.train.dtype
     use_bf16 = wish == "bf16" or (wish == "auto" and device.type == "cuda")
     return Mesh(

@@ -9,6 +9,12 @@ import re
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -91,7 +97,7 @@ def build_model(config: Config, mesh: Mesh, device: torch.device | None = None) 
     """
     layers = config.model.num_layers // mesh.pp_size
     with torch.device(device or mesh.device):
-        return LlamaModel(
+        model = LlamaModel(
             config=to_transformer_config(config, mesh),
             block_spec=TransformerBlockSubmodules(
                 layer_specs=[build_layer_spec()] * layers, layer_norm=RMSNorm
@@ -103,6 +109,25 @@ def build_model(config: Config, mesh: Mesh, device: torch.device | None = None) 
             is_last_stage=mesh.is_last_stage,
             groups=ProcessGroupCollection.use_mpu_process_groups(),
         )
+    mark_shards(model)
+    return model
+
+
+def mark_shards(model: LlamaModel) -> None:
+    """Mark which dim of each weight is split over tp ranks.
+
+    Megatron-core marks weights only where it fills them. It reads the marks to count every weight
+    once in the gradient norm.
+    """
+    for module in model.modules():
+        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
+            dim = 0
+        elif isinstance(module, RowParallelLinear):
+            dim = 1
+        else:
+            continue
+        if module.weight is not None:
+            set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
 
 
 def global_name(name: str, first_layer: int) -> str:
