@@ -124,6 +124,11 @@ class StageRows:
     def __len__(self) -> int:
         return self.num_rows
 
+    @property
+    def domain_names(self) -> dict[str, str]:
+        """Prefix -> the name that this domain's rows carry."""
+        return {prefix: domain.name for prefix, domain in self._domains.items()}
+
     def row(self, number: int) -> Row:
         """Row `number` of the stage, 0 <= number < num_rows.
 

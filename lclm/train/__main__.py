@@ -48,10 +48,14 @@ def prepare(arguments: argparse.Namespace) -> Config:
     """Load the configuration and, for a dry run, print it."""
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
-        from lclm.train.stages import describe
+        from lclm.train.stages import describe, missing_data, plan_stages
 
         world_size = arguments.world_size or int(os.environ.get("WORLD_SIZE", "1"))
-        sys.stdout.write(describe(config, world_size) + "\n")
+        missing = missing_data(config)
+        planned = [] if missing else plan_stages(config)
+        sys.stdout.write(describe(config, world_size, planned) + "\n")
+        if missing:
+            sys.stdout.write(f"data       not planned: {', '.join(missing)} not there\n")
     return config
 
 

@@ -25,7 +25,7 @@ from lclm.optim import learning_rate, reset_state, set_learning_rate
 from lclm.train.flops import peak_flops, row_flops
 from lclm.train.metrics import RunLog
 from lclm.train.micro_batch import MicroBatch, MicroBatchBuilder, iterate_global_batch
-from lclm.train.stages import domain_prefixes, find_position
+from lclm.train.stages import domain_names, find_position
 from lclm.train.step import Engine, StepResult
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Run:
             logger.info("weights from %s (step %d)", config.model.init_from, source.step)
         elif start is None:
             init_weights(model, config, mesh)
-        self.engine = Engine(config, mesh, model, domain_prefixes(config))
+        self.engine = Engine(config, mesh, model, domain_names(planned))
         if start is not None:
             self.step = self._resume(start)
         self.log: RunLog | None = None
@@ -198,26 +198,24 @@ class Run:
         every = self.config.validation.every_steps
         if every == 0 or not (is_last or self.step % every == 0):
             return
-        stage, dp_size = self.config.stage[number], self.mesh.dp_size
-        # Every data rank must run equally many micro-batches.
-        per_domain = -(-self.config.validation.rows_per_domain // dp_size) * dp_size
+        stage = self.config.stage[number]
         losses: dict[str, float] = {}
         for prefix in dict.fromkeys(entry.prefix for entry in stage.mixture):
             held_out = HeldOutRows(
                 prefix,
                 stage.seq_length,
-                per_domain,
+                self.config.validation.rows_per_domain,
                 self.config.seed,
                 self.config.data.held_out_fraction,
             )
-            rows = [held_out.row(n) for n in range(per_domain)]
+            rows = [held_out.row(n) for n in range(len(held_out))]
             sums = self.engine.evaluate(
                 iterate_global_batch(rows, build, self.mesh),
-                per_domain // dp_size,
+                -(-len(rows) // self.mesh.dp_size),
                 stage.seq_length,
             )
-            total, count = sums[prefix]
-            losses[prefix] = total / count
+            for name, (total, count) in sums.items():
+                losses[name] = total / count
         if self.log is not None:
             self.log.validation({"step": self.step, "stage": stage.name, "loss": losses})
 
@@ -262,12 +260,12 @@ class Run:
     def _ledger(self) -> dict[str, int]:
         """Tokens drawn from each domain since the start of the run."""
         position = find_position(self.config, self.step)
-        drawn = dict.fromkeys(domain_prefixes(self.config), 0)
+        drawn: dict[str, int] = {}
         for number in range(position.stage + 1):
             stage = self.config.stage[number]
             steps = position.stage_step if number == position.stage else stage.num_steps
             for name, tokens in self.planned[number].ledger(steps * stage.rows_per_step).items():
-                drawn[name] += tokens
+                drawn[name] = drawn.get(name, 0) + tokens
         return drawn
 
 

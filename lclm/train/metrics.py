@@ -48,7 +48,7 @@ class RunLog:
     def validation(self, record: dict[str, Any]) -> None:
         """Record one validation pass."""
         self._write(VALIDATION_NAME, record)
-        losses = " ".join(f"{Path(k).name} {v:.4f}" for k, v in record["loss"].items())
+        losses = " ".join(f"{name} {loss:.4f}" for name, loss in record["loss"].items())
         logger.info("validation after step %d: %s", record["step"], losses)
 
     def _write(self, name: str, record: dict[str, Any]) -> None:

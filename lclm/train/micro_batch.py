@@ -32,7 +32,7 @@ class MicroBatch:
     num_labels: int
     """Labels on this rank."""
     domain: str
-    """Prefix of the domain that the row was drawn from."""
+    """Name of the domain that the row was drawn from."""
     row: RowContext
 
 
@@ -48,9 +48,14 @@ class MicroBatchBuilder:
         self._rope_base = rope_base
         self._document_mask = document_mask
 
-    def __call__(self, row: Row) -> MicroBatch:
-        """Shard a row. Labels are made on the whole row, so none is lost at a chunk border."""
+    def __call__(self, row: Row, is_counted: bool = True) -> MicroBatch:
+        """Shard a row. Labels are made on the whole row, so none is lost at a chunk border.
+
+        A row that is not counted has no labels: it keeps ranks in step and changes no sum.
+        """
         labels = build_labels(row.tokens, row.doc_lengths)
+        if not is_counted:
+            labels[:] = IGNORED
         doc_lengths = row.doc_lengths if self._document_mask else np.array([len(row.tokens)])
         plan = build_row_plan(self._layout, doc_lengths, self._mesh.cp_size)
         positions = plan.positions(self._mesh.cp_rank)
@@ -84,6 +89,10 @@ class MicroBatchBuilder:
 def iterate_global_batch(
     rows: Sequence[Row], build: MicroBatchBuilder, mesh: Mesh
 ) -> Iterator[MicroBatch]:
-    """The micro-batches of this data-parallel rank: rows dp_rank, dp_rank + dp_size, ..."""
-    for number in range(mesh.dp_rank, len(rows), mesh.dp_size):
-        yield build(rows[number])
+    """The micro-batches of this data-parallel rank: rows dp_rank, dp_rank + dp_size, ...
+
+    Where the rows do not divide by dp_size, ranks that run out get the last row, not counted.
+    """
+    num_rounds = -(-len(rows) // mesh.dp_size)
+    for number in range(mesh.dp_rank, num_rounds * mesh.dp_size, mesh.dp_size):
+        yield build(rows[min(number, len(rows) - 1)], is_counted=number < len(rows))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from lclm.config import Config, StageConfig, check_world
+from lclm.config import Config, check_world
 from lclm.data.loader import StageRows
-from lclm.data.mixture import MixtureEntry
 
 
 @dataclass(frozen=True)
@@ -38,19 +38,6 @@ def find_position(config: Config, step: int) -> Position:
     raise AssertionError("a configuration has at least one stage")
 
 
-def mixture_entries(stage: StageConfig) -> list[MixtureEntry]:
-    """The stage's mixture as the data package takes it."""
-    return [
-        MixtureEntry(
-            prefix=entry.prefix,
-            packing=entry.packing,
-            piece_length=entry.piece_length or stage.seq_length,
-            share=entry.share,
-        )
-        for entry in stage.mixture
-    ]
-
-
 def plan_stages(config: Config) -> list[StageRows]:
     """Decide every row of the run, stage after stage, each domain going on where it stopped.
 
@@ -61,7 +48,7 @@ def plan_stages(config: Config) -> list[StageRows]:
     for number, stage in enumerate(config.stage):
         planned.append(
             StageRows(
-                entries=mixture_entries(stage),
+                entries=stage.mixture,
                 seq_length=stage.seq_length,
                 num_rows=stage.num_rows,
                 seed=config.seed,
@@ -74,9 +61,15 @@ def plan_stages(config: Config) -> list[StageRows]:
     return planned
 
 
-def domain_prefixes(config: Config) -> list[str]:
-    """Every data prefix of the run, in order of first use."""
-    return list(dict.fromkeys(entry.prefix for stage in config.stage for entry in stage.mixture))
+def domain_names(planned: Sequence[StageRows]) -> list[str]:
+    """The name of every domain of the run, in order of first use."""
+    return list(dict.fromkeys(name for rows in planned for name in rows.domain_names.values()))
+
+
+def missing_data(config: Config) -> list[str]:
+    """Index files that the configuration names and that are not there."""
+    prefixes = dict.fromkeys(entry.prefix for stage in config.stage for entry in stage.mixture)
+    return [f"{prefix}.idx" for prefix in prefixes if not Path(f"{prefix}.idx").is_file()]
 
 
 def describe(config: Config, world_size: int, planned: Sequence[StageRows] = ()) -> str:

@@ -1,0 +1,38 @@
+"""What one process of a layout test does: train a few steps and give loss and gradient norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.train.tiny import ROW_LENGTH, ROWS_PER_STEP, ragged_row, tiny_config
+
+
+def train_steps(num_steps: int, changes: dict[str, Any]) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step on this process's place in the layout."""
+    from lclm.data.loader import Row
+    from lclm.mesh import build_mesh, leave
+
+    config = tiny_config("unused", **changes)
+    mesh = build_mesh(config)
+    from lclm.model.build import build_model, init_weights
+    from lclm.optim import learning_rate, set_learning_rate
+    from lclm.train.micro_batch import MicroBatchBuilder, iterate_global_batch
+    from lclm.train.step import Engine
+
+    model = build_model(config, mesh)
+    init_weights(model, config, mesh)
+    engine = Engine(config, mesh, model, ["a"])
+    stage = config.stage[0]
+    build = MicroBatchBuilder(config, mesh, stage.rope_base, stage.document_mask)
+    results = []
+    for step in range(num_steps):
+        rows = [
+            Row(*ragged_row(step * ROWS_PER_STEP + n), domain="a") for n in range(ROWS_PER_STEP)
+        ]
+        set_learning_rate(engine.optimizer, learning_rate(stage, step), 0.1, decay_norms=False)
+        result = engine.train_step(
+            iterate_global_batch(rows, build, mesh), ROWS_PER_STEP // mesh.dp_size, ROW_LENGTH
+        )
+        results.append((result.loss, result.grad_norm))
+    leave()
+    return results

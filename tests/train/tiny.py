@@ -1,0 +1,60 @@
+"""A tiny model and ragged rows for tests that train in every layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lclm.config import Config
+
+ROW_LENGTH = 64
+ROWS_PER_STEP = 4
+VOCAB_SIZE = 96
+
+
+def tiny_config(run_dir: Path | str, **changes: Any) -> Config:
+    """Two stages of a model with 4 layers, 4 query heads and 2 kv heads, in fp32 on the CPU.
+
+    `changes` are dotted fields written with double underscores: `parallel__tp=2`.
+    """
+    stage = {
+        "seq_length": ROW_LENGTH,
+        "rope_base": 1e4,
+        "tokens": 4 * ROWS_PER_STEP * ROW_LENGTH,
+        "tokens_per_step": ROWS_PER_STEP * ROW_LENGTH,
+        "lr": 2e-3,
+        "min_lr": 2e-4,
+        "warmup_fraction": 0.25,
+        "mixture": [{"prefix": "a", "packing": "concat", "share": 1.0}],
+    }
+    tree: dict[str, Any] = {
+        "run": {"dir": str(run_dir)},
+        "model": {
+            "num_layers": 4,
+            "hidden_size": 32,
+            "ffn_hidden_size": 64,
+            "num_attention_heads": 4,
+            "num_kv_heads": 2,
+            "vocab_size": VOCAB_SIZE,
+            "init_std": 0.2,
+        },
+        "train": {"dtype": "fp32", "loss_chunk_tokens": 24},
+        "stage": [{"name": "first", **stage}, {"name": "second", **stage}],
+    }
+    for name, value in changes.items():
+        *parents, last = name.split("__")
+        node: Any = tree
+        for parent in parents:
+            node = node[int(parent)] if parent.isdigit() else node.setdefault(parent, {})
+        node[last] = value
+    return Config.model_validate(tree)
+
+
+def ragged_row(number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens int64 `[T]` and document lengths of a row: 1 to 5 ragged documents, by its number."""
+    random = np.random.default_rng(number)
+    tokens = random.integers(0, VOCAB_SIZE, ROW_LENGTH)
+    cuts = np.sort(random.choice(np.arange(1, ROW_LENGTH), size=number % 5, replace=False))
+    return tokens, np.diff(np.concatenate([[0], cuts, [ROW_LENGTH]]))
