@@ -131,7 +131,7 @@ class TorchDistReader:
         """The whole global tensor on the CPU, in its stored type.
 
         Raises:
-            CheckpointError: if there is no tensor of that key, or pieces of it were never stored.
+            CheckpointError: if there is no tensor of that key, or its data is damaged or not whole.
         """
         entry = self._metadata.state_dict_metadata.get(key)
         if not isinstance(entry, TensorStorageMetadata):
@@ -146,7 +146,14 @@ class TorchDistReader:
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         planner.set_up_planner({key: tensor}, self._metadata, is_coordinator=True)
         plan = planner.finish_plan(planner.create_local_plan())
-        self._storage.read_data(plan, planner).wait()
+        try:
+            self._storage.read_data(plan, planner).wait()
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            first_line = str(error).split("\n")[0]
+            raise CheckpointError(
+                f"{self.folder}/*.distcp: the data of '{key}' cannot be read ({first_line}); "
+                "the checkpoint is damaged: copy it again, or use another step"
+            ) from error
         return tensor
 
 
