@@ -32,3 +32,8 @@ CROSS_ENTROPY_GRAD_FP32 = 5e-6
 # Logits of a three-layer fp32 Llama, two implementations that add in different orders. Logits are
 # about 10 in size there, so this is 1e-5 of them; a wrong row or pairing changes them by over 1.
 MINI_LLAMA_LOGITS = {"rtol": 0.0, "atol": 1e-4}
+
+# Loss and gradient norm of another layout, relative, over four AdamW steps in fp32. Sums are taken
+# in another order (about 1e-7), and AdamW's first steps divide by the size of the gradient, which
+# lifts rounding noise of nearly-zero gradients into the weights.
+LAYOUT_REL = 1e-5
