@@ -1,0 +1,327 @@
+"""Text to token ids, for three kinds of tokenizer file told apart by content.
+
+- `hf`: a Hugging Face `tokenizer.json`, or a folder that holds one.
+- `tiktoken`: lines of base64 and rank. Rank files do not say how text is split or which special
+  tokens follow; those of Llama 3 are used (models/llama3/tokenizer.py in
+  https://github.com/meta-llama/llama-models), and files known to be of other models refused.
+- `sentencepiece`: a serialized model.
+
+No beginning-of-text token is added. Text that spells a special token stays text.
+"""
+
+import base64
+import hashlib
+import itertools
+import json
+import os
+import re
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, Literal
+
+import sentencepiece
+import tiktoken
+import tokenizers
+
+__all__ = ["Tokenizer", "load_tokenizer"]
+
+Kind = Literal["hf", "tiktoken", "sentencepiece"]
+
+# What a Hugging Face folder may hold beside tokenizer.json that belongs to the tokenizer.
+HF_COMPANIONS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+# End-of-document tokens of common models, for a tokenizer.json that comes alone.
+COMMON_EOD = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "<|eos|>")
+COMMON_BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<|bos|>")
+
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_NAMED = {
+    0: "<|begin_of_text|>",
+    1: "<|end_of_text|>",
+    4: "<|finetune_right_pad_id|>",
+    6: "<|start_header_id|>",
+    7: "<|end_header_id|>",
+    8: "<|eom_id|>",
+    9: "<|eot_id|>",
+    10: "<|python_tag|>",
+}
+LLAMA3_NUM_SPECIAL = 256
+# Ranks of files whose split pattern or special tokens are not Llama 3's.
+OTHER_TIKTOKEN = {
+    50256: "GPT-2 (r50k)",
+    50280: "Codex (p50k)",
+    100256: "GPT-4 (cl100k)",
+    151643: "Qwen",
+    199998: "GPT-4o (o200k)",
+    200000: "Llama 4",
+}
+# tiktoken's regex engine gives up on runs of white space of some 10^6 characters
+MAX_WHITE_SPACE = 100_000
+
+
+class Tokenizer(ABC):
+    """One tokenizer file, ready to encode.
+
+    Attributes:
+        path: as given to `load_tokenizer`.
+        kind: hf, tiktoken or sentencepiece.
+        files: what to copy so that the tokenizer can be loaded again; files[0] is the main one.
+        sha256: hex digest of files[0].
+        vocab_size: ids are 0 .. vocab_size - 1, special tokens included.
+        eod_id, bos_id: end of document and beginning of text; None where the file names none.
+    """
+
+    kind: Kind
+    vocab_size: int
+    eod_id: int | None
+    bos_id: int | None
+
+    def __init__(self, path: Path, files: list[Path]) -> None:
+        self.path = path
+        self.files = files
+        self.sha256 = hashlib.sha256(files[0].read_bytes()).hexdigest()
+
+    @abstractmethod
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, without any token that is not in the text."""
+
+    @abstractmethod
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids, special tokens written out where the library can."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text, without any token that is not in the text."""
+        return self.encode_batch([text])[0]
+
+    def describe(self) -> dict[str, Any]:
+        """What `<prefix>.json` says about the tokenizer."""
+        return {
+            "path": str(self.path),
+            "kind": self.kind,
+            "sha256": self.sha256,
+            "vocab_size": self.vocab_size,
+            "eod_id": self.eod_id,
+            "bos_id": self.bos_id,
+        }
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """Load a tokenizer file, or the one of a folder.
+
+    In a folder `tokenizer.json` comes first, then `tokenizer.model`.
+
+    Raises:
+        ValueError: there is no such file, or it is none of the three kinds.
+    """
+    given = Path(path)
+    main = _main_file(given)
+    with open(main, "rb") as file:
+        head = file.read(4096)
+    if head.lstrip().startswith(b"{"):
+        return _HuggingFace(given, main)
+    if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", head):
+        return _Tiktoken(given, main)
+    return _SentencePiece(given, main)
+
+
+def _main_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise ValueError(
+            f"tokenizer {path}: no such file or folder; give a tokenizer.json, a tokenizer.model "
+            "or the folder that holds it"
+        )
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (path / name).is_file():
+            return path / name
+    raise ValueError(
+        f"tokenizer {path}: the folder holds neither tokenizer.json nor tokenizer.model; give the "
+        "file itself if it has another name"
+    )
+
+
+class _HuggingFace(Tokenizer):
+    kind: Kind = "hf"
+
+    def __init__(self, path: Path, main: Path) -> None:
+        companions = [main.parent / name for name in HF_COMPANIONS]
+        super().__init__(path, [main, *(file for file in companions if file.is_file())])
+        text = main.read_text(encoding="utf-8")
+        try:
+            tree = json.loads(text)
+            if "model" not in tree:
+                raise ValueError("it has no 'model'")
+            self._tokenizer = _open_hf(text)
+            unspellable = _without_spellable_specials(tree)
+            self._encoder = self._tokenizer if unspellable is None else _open_hf(unspellable)
+        except Exception as error:  # the library raises bare Exception for a bad file
+            raise ValueError(
+                f"tokenizer {main}: starts like JSON but is not a Hugging Face tokenizer.json: "
+                f"{error}"
+            ) from error
+        # special tokens are looked up by name only: in a text they are ordinary characters
+        self._encoder.encode_special_tokens = True
+        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(ids.values(), default=-1) + 1
+        self.eod_id = _named_id(main.parent, "eos_token", COMMON_EOD, ids)
+        self.bos_id = _named_id(main.parent, "bos_token", COMMON_BOS, ids)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        encodings = self._encoder.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def _open_hf(text: str) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer.from_str(text)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _without_spellable_specials(tree: dict[str, Any]) -> str | None:
+    """The tokenizer with special tokens renamed where its model could produce them from text.
+
+    Tokens looked up by name can be switched off, but a special token may also stand in the model's
+    own vocabulary, where merges, or a whole word, or a Unigram path can reach it. There it gets a
+    name that no text spells, under the same id. None: the model holds no special token.
+    """
+    model = tree["model"]
+    special = {token["content"] for token in tree.get("added_tokens") or [] if token["special"]}
+    vocab = model.get("vocab", {})
+    pieces = set(vocab if isinstance(vocab, dict) else (piece for piece, _ in vocab))
+    names = {name: f"\x00{hashlib.sha256(name.encode()).hexdigest()}" for name in special & pieces}
+    if not names:
+        return None
+    if isinstance(vocab, dict):
+        new_vocab: Any = {names.get(piece, piece): number for piece, number in vocab.items()}
+    else:
+        new_vocab = [[names.get(piece, piece), score] for piece, score in vocab]
+    new_model = model | {"vocab": new_vocab}
+    if isinstance(model.get("unk_token"), str):
+        new_model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    if "merges" in model:
+        # "a b" in older files, ["a", "b"] in newer ones
+        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+        new_model["merges"] = [pair for pair in pairs if not names.keys() & {*pair, "".join(pair)}]
+    added = [
+        token | {"content": names.get(token["content"], token["content"])}
+        for token in tree["added_tokens"]
+    ]
+    return json.dumps(tree | {"model": new_model, "added_tokens": added, "post_processor": None})
+
+
+def _named_id(folder: Path, field: str, common: tuple[str, ...], ids: dict[str, int]) -> int | None:
+    """Id of a special token: as the files beside tokenizer.json name it, else of a common name."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if not (folder / name).is_file():
+            continue
+        value = json.loads((folder / name).read_text(encoding="utf-8")).get(field)
+        content = value.get("content") if isinstance(value, dict) else value
+        if content is not None:
+            if content not in ids:
+                raise ValueError(
+                    f"tokenizer {folder / name}: {field} is {content!r}, which tokenizer.json does "
+                    "not have; correct one of the two files"
+                )
+            return ids[content]
+    return next((ids[name] for name in common if name in ids), None)
+
+
+class _Tiktoken(Tokenizer):
+    kind: Kind = "tiktoken"
+
+    def __init__(self, path: Path, main: Path) -> None:
+        super().__init__(path, [main])
+        ranks = _read_ranks(main)
+        if len(ranks) in OTHER_TIKTOKEN:
+            raise ValueError(
+                f"tokenizer {main}: {len(ranks)} ranks are those of {OTHER_TIKTOKEN[len(ranks)]}; "
+                "only Llama 3's split pattern is known for tiktoken files: use that model's "
+                "tokenizer.json"
+            )
+        reserved = (n for n in range(LLAMA3_NUM_SPECIAL) if n not in LLAMA3_NAMED)
+        names = LLAMA3_NAMED | {
+            place: f"<|reserved_special_token_{n}|>" for n, place in enumerate(reserved)
+        }
+        special = {names[place]: len(ranks) + place for place in range(LLAMA3_NUM_SPECIAL)}
+        self._encoding = tiktoken.Encoding(
+            main.name, pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=special
+        )
+        self._white_space = re.compile(rf"\s{{{MAX_WHITE_SPACE}}}")
+        self.vocab_size = len(ranks) + LLAMA3_NUM_SPECIAL
+        self.eod_id = special["<|end_of_text|>"]
+        self.bos_id = special["<|begin_of_text|>"]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [self._encode_one(text) for text in texts]
+
+    def _encode_one(self, text: str) -> list[int]:
+        """Ids of a text, cut after every MAX_WHITE_SPACE characters of one run of white space."""
+        if len(text) <= MAX_WHITE_SPACE:
+            return self._encoding.encode_ordinary(text)
+        cuts = [0, *(match.end() for match in self._white_space.finditer(text)), len(text)]
+        ids: list[int] = []
+        for first, last in itertools.pairwise(cuts):
+            ids += self._encoding.encode_ordinary(text[first:last])
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._encoding.decode(ids)
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line:
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError as error:
+            raise ValueError(
+                f"tokenizer {path}, line {number}: {line[:40]!r} is not a base64 token and a rank; "
+                "the file is damaged: fetch it again"
+            ) from error
+    has_bytes = all(bytes([value]) in ranks for value in range(256))
+    if sorted(ranks.values()) != list(range(len(ranks))) or not has_bytes:
+        raise ValueError(
+            f"tokenizer {path}: its {len(ranks)} tokens must have the ranks 0 to {len(ranks) - 1}, "
+            "each once, and include all 256 bytes; the file is damaged: fetch it again"
+        )
+    return ranks
+
+
+class _SentencePiece(Tokenizer):
+    kind: Kind = "sentencepiece"
+
+    def __init__(self, path: Path, main: Path) -> None:
+        super().__init__(path, [main])
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(main.read_bytes())
+        except RuntimeError as error:
+            raise ValueError(
+                f"tokenizer {main}: is neither a Hugging Face tokenizer.json, nor tiktoken lines "
+                "of base64 and rank, nor a SentencePiece model; give one of these"
+            ) from error
+        self.vocab_size = self._processor.get_piece_size()
+        eos, bos = self._processor.eos_id(), self._processor.bos_id()
+        self.eod_id = eos if eos >= 0 else None
+        self.bos_id = bos if bos >= 0 else None
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return self._processor.encode(texts)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._processor.decode(ids)
