@@ -1,0 +1,150 @@
+#!/usr/bin/env python3
+"""Turn text into indexed token files: <prefix>.bin, <prefix>.idx and <prefix>.json."""
+
+import argparse
+import logging
+import os
+import sys
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from lclm.data.encode import EncodeOptions, EncodeSummary, encode_sources
+from lclm.data.readers import find_sources
+from lclm.data.tokenizer import load_tokenizer
+from lclm.log import setup_logging
+
+LOG = logging.getLogger("lclm.tools")
+
+DETAILS = """
+input
+  .jsonl, .ndjson, .json       one JSON object per line, the text under --json-keys; also .jsonl.gz
+  any other file               one document (UTF-8)
+  folder                       the files below it in path order, names starting with a dot left out:
+                               .jsonl and .ndjson as above, any other file one document; files that
+                               are not text are counted and left out
+  folder, --group-by repo      source code: each first-level subfolder is a repository, whose files
+                               joined in path order are one document (ProLong, arXiv 2410.02660)
+  folder, --group-by file      source code: every file is one document
+
+tokenizer (told by content, not by name)
+  a Hugging Face tokenizer.json or a folder with one; a tiktoken rank file (Llama 3's
+  tokenizer.model); a SentencePiece model (Llama 2's tokenizer.model).
+  Text that spells a special token, such as <|end_of_text|>, stays text.
+
+output
+  The format of Megatron-LM, byte for byte what its own tool writes with --append-eod; a document
+  without text has no tokens and is counted. <prefix>.json records tokenizer, sources, options,
+  tokens, documents and a histogram of document lengths. The output does not depend on --workers,
+  and on an error nothing is written.
+
+examples
+  python tools/preprocess_data.py --input books/*.jsonl.gz --output-prefix data/books \\
+      --tokenizer llama3/tokenizer.model --append-eod --workers 16
+  python tools/preprocess_data.py --input repositories/ --group-by repo --domain code \\
+      --output-prefix data/code --tokenizer llama3/ --append-eod
+
+exit status: 0 success, 1 the machine failed (disk full, a worker killed), 2 bad usage or bad input
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=DETAILS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, type=Path, metavar="PATH", help="files and folders")
+    add("--output-prefix", required=True, metavar="PREFIX", help="for example data/books")
+    add("--tokenizer", required=True, metavar="PATH", help="tokenizer file or folder")
+    add(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="worker processes (default: the cores of this machine, %(default)s)",
+    )
+    add("--append-eod", action="store_true", help="end every document with the eos token")
+    add("--prepend-bos", action="store_true", help="start every document with the bos token")
+    add(
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="keys that hold text (default: text); several keys write <prefix>_<key> each",
+    )
+    add("--group-by", choices=("file", "repo"), help="folders hold source code, see below")
+    add(
+        "--domain", default="", metavar="NAME", help="name in metrics (default: prefix's last part)"
+    )
+    add(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="what to do with a line that is not JSON, lacks a key or holds no string there, and "
+        "with a file that is not UTF-8: stop, or count it and go on (default: stop)",
+    )
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> EncodeSummary:
+    """Do what the command line asks for; ValueError for bad input."""
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    sources = find_sources(arguments.input, arguments.group_by)
+    options = EncodeOptions(
+        json_keys=tuple(arguments.json_keys),
+        append_eod=arguments.append_eod,
+        prepend_bos=arguments.prepend_bos,
+        on_error=arguments.on_error,
+        num_workers=arguments.workers,
+    )
+    if arguments.group_by and not any(source.is_folder for source in sources):
+        raise ValueError(
+            f"--group-by {arguments.group_by}: applies to folders, and every --input is a file; "
+            "give the folder or leave the option out"
+        )
+    return encode_sources(
+        sources, tokenizer, arguments.output_prefix, options, arguments.domain, arguments.group_by
+    )
+
+
+def main(command_line: list[str] | None = None) -> int:
+    """Run the tool and return its exit status."""
+    arguments = build_parser().parse_args(command_line)
+    setup_logging()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # --workers says how many cores to use
+    try:
+        summary = run(arguments)
+    except ValueError as error:
+        print(f"preprocess_data: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenProcessPool:
+        print(
+            "preprocess_data: error: a worker process died, most often because memory ran out; "
+            "nothing was written: use fewer --workers",
+            file=sys.stderr,
+        )
+        return 1
+    except OSError as error:
+        print(f"preprocess_data: error: {error}; nothing was written", file=sys.stderr)
+        return 1
+    if summary.num_skipped or summary.num_binary:
+        LOG.warning(
+            "left out: %d lines or files with errors, %d files that are not text; the first: %s",
+            summary.num_skipped,
+            summary.num_binary,
+            "; ".join(summary.named),
+        )
+    LOG.info(
+        "%s: %d documents, %d tokens, %d empty documents",
+        ", ".join(f"{prefix}.bin" for prefix in summary.prefixes),
+        summary.num_documents,
+        summary.num_tokens,
+        summary.num_empty,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
