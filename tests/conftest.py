@@ -14,9 +14,10 @@ def pytest_collection_modifyitems(items):
     """Leave out the tests marked gpu on machines without CUDA."""
     if torch.cuda.is_available():
         return
+    marks = pytest.mark
     for item in items:
         if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; torch sees none"))
+            item.add_marker(marks.skip(reason="needs an NVIDIA GPU; torch sees none"))
 
 
 @pytest.fixture(autouse=True)

@@ -107,7 +107,7 @@ def _check_numbers(group: dict[str, Any]) -> None:
 def _check_param(group_index: int, param: torch.Tensor) -> None:
     if param.dtype != torch.float32 or param.grad.dtype != torch.float32 or param.grad.is_sparse:
         raise ValueError(
-            f"adamw: group {group_index} holds a {param.dtype} parameter {list(param.shape)} with a "
-            f"{param.grad.dtype} {param.grad.layout} gradient; parameters and gradients must be "
-            "dense fp32: step fp32 master copies"
+            f"adamw: group {group_index} holds a {param.dtype} parameter {list(param.shape)} "
+            f"with a {param.grad.dtype} {param.grad.layout} gradient; both must be dense fp32: "
+            "step fp32 master copies"
         )

@@ -116,12 +116,8 @@ def backward(
     wide = _wide_dtype(q_TNH.dtype)
     device = q_TNH.device
     num_queries, num_heads, _ = q_TNH.shape
-    for name, x, shape in (
-        ("dq", dq_TNH, q_TNH.shape),
-        ("dk", dk_SKH, k_SKH.shape),
-        ("dv", dv_SKH, k_SKH.shape),
-    ):
-        _check(name, x, shape, wide, device)
+    for name, x, like in (("dq", dq_TNH, q_TNH), ("dk", dk_SKH, k_SKH), ("dv", dv_SKH, v_SKH)):
+        _check(name, x, like.shape, wide, device)
     for name, x in (("lse", lse_NT), ("delta", delta_NT)):
         _check(name, x, (num_heads, num_queries), wide, device)
     for name, x in (("dout", dout_TNH), ("out", out_TNH)):

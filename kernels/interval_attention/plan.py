@@ -162,8 +162,8 @@ def _check_order(name: str, bound: np.ndarray, rows: np.ndarray) -> None:
         place = int((steps < 0).argmax())
         before, after = rows[place], rows[place + 1]
         raise ValueError(
-            f"make_plan: {name} falls from {bound[before]} in row {before} to {bound[after]} in row "
-            f"{after}; over rows that see something it must not decrease: sort queries and keys by "
+            f"make_plan: {name} falls from {bound[before]} in row {before} to {bound[after]} in "
+            f"row {after}; over rows that see something it must not decrease: sort queries and keys by "
             "their global position"
         )
 
@@ -271,9 +271,8 @@ def _coarsen(parts: list[Part]) -> Iterator[Part]:
     while start < len(parts):
         first = parts[start]
         stop = start + 1
-        while stop < min(start + COARSE_TILES, len(parts)) and _is_below(
-            parts[stop - 1 : stop + 1]
-        ):
+        limit = min(start + COARSE_TILES, len(parts))
+        while stop < limit and _is_below(parts[stop - 1], parts[stop]):
             stop += 1
         if stop - start < COARSE_TILES or first.num_keys < COARSE_TILES * TILE:
             yield first
@@ -287,8 +286,8 @@ def _coarsen(parts: list[Part]) -> Iterator[Part]:
         start = stop
 
 
-def _is_below(pair: list[Part]) -> bool:
-    upper, lower = pair
+def _is_below(upper: Part, lower: Part) -> bool:
+    """Lower follows upper in the same document and sees what upper sees and more."""
     return (
         lower.row_start == upper.row_start + upper.num_rows
         and lower.key_start == upper.key_start

@@ -69,9 +69,7 @@ def reference_bwd(
     shares = torch.where(_visible_TS(plan, q.device), shares, 0.0)
     dscores = scale * shares * (dout @ v.transpose(1, 2) - delta_NT[..., None])
     dq_TNH.add_((dscores @ k).transpose(0, 1))
-    for total, dense in (
-        (dk_SKH, dscores.transpose(1, 2) @ q),
-        (dv_SKH, shares.transpose(1, 2) @ dout),
-    ):
+    dk, dv = dscores.transpose(1, 2) @ q, shares.transpose(1, 2) @ dout
+    for total, dense in ((dk_SKH, dk), (dv_SKH, dv)):
         grouped = dense.unflatten(0, (-1, num_groups)).sum(dim=1)  # [K, S, H]
         total.add_(grouped.transpose(0, 1))

@@ -1,0 +1,47 @@
+"""The choice of an implementation."""
+
+import logging
+
+import pytest
+import torch
+
+from lclm_kernels import backend
+from lclm_kernels.backend import Candidate, choose
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+FAST = Candidate("fast", ("cuda",), (torch.bfloat16,))
+PLAIN = Candidate("plain", ("cpu", "cuda"), (torch.float32, torch.bfloat16))
+DENSE = Candidate("dense", ("cpu",), (torch.float64,), is_automatic=False)
+ALL = (FAST, PLAIN, DENSE)
+
+
+def test_best_first():
+    assert choose("op", "auto", CUDA, torch.bfloat16, ALL) == "fast"
+    assert choose("op", "auto", CUDA, torch.float32, ALL) == "plain"
+    assert choose("op", "auto", CPU, torch.bfloat16, ALL) == "plain"
+
+
+def test_a_wish_is_met_or_refused():
+    assert choose("op", "plain", CUDA, torch.bfloat16, ALL) == "plain"
+    assert choose("op", "dense", CPU, torch.float64, ALL) == "dense"
+    with pytest.raises(ValueError, match="op: implementation='fast' cannot run: it runs on cuda"):
+        choose("op", "fast", CPU, torch.bfloat16, ALL)
+    with pytest.raises(ValueError, match="takes bfloat16, the tensors are float32"):
+        choose("op", "fast", CUDA, torch.float32, ALL)
+    with pytest.raises(ValueError, match="use one of auto, fast, plain, dense"):
+        choose("op", "quick", CPU, torch.float32, ALL)
+
+
+def test_what_runs_only_by_name_is_never_automatic():
+    with pytest.raises(ValueError, match="no implementation serves these tensors: fast runs on"):
+        choose("op", "auto", CPU, torch.float64, ALL)
+
+
+def test_the_choice_is_logged_once_with_its_reason(caplog, monkeypatch):
+    monkeypatch.setattr(backend, "_logged", set())
+    with caplog.at_level(logging.INFO, logger="lclm_kernels"):
+        for _ in range(3):
+            choose("op", "auto", CPU, torch.float32, ALL)
+    assert [record.getMessage() for record in caplog.records] == [
+        "op: plain implementation on cpu torch.float32 (fast runs on cuda, the tensors are on cpu)"
+    ]

@@ -1,0 +1,207 @@
+"""Linear cross entropy: loss, gradients, memory, and the vocabulary cut over two processes."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lclm_kernels.linear_cross_entropy import linear_cross_entropy, per_token_loss
+from tests.distributed import DistributedError, run_distributed
+from tests.kernels.bounds import assert_within_torch_error, max_error
+from tests.tolerances import CROSS_ENTROPY_FP32, CROSS_ENTROPY_GRAD_FP32
+
+T, D, V = 50, 24, 70
+
+
+def make_inputs(dtype=torch.float64, num_tokens=T):
+    hidden = torch.randn(num_tokens, D, dtype=torch.float64).to(dtype)
+    weight = (0.5 * torch.randn(V, D, dtype=torch.float64)).to(dtype)
+    labels = torch.randint(0, V, (num_tokens,))
+    labels[::7] = -100
+    return hidden, weight, labels
+
+
+def by_definition(hidden, weight, labels, label_weights=None):
+    losses = torch.nn.functional.cross_entropy(hidden @ weight.t(), labels, reduction="none")
+    return (losses if label_weights is None else losses * label_weights).sum()
+
+
+def run(function, hidden, weight, *arguments):
+    """(loss, dhidden, dweight) of the mean over 40 tokens, as a trainer takes it."""
+    hidden, weight = (x.detach().clone().requires_grad_() for x in (hidden, weight))
+    loss = function(hidden, weight, *arguments)
+    (loss / 40).backward()
+    return loss.detach(), hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 16, 50, 2048])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_loss_and_gradients(dtype, chunk_tokens):
+    hidden, weight, labels = make_inputs(dtype)
+    truth = run(by_definition, hidden.double(), weight.double(), labels)
+    of_torch = run(by_definition, hidden, weight, labels)
+    results = run(
+        lambda *x: linear_cross_entropy(*x, chunk_tokens=chunk_tokens)[0], hidden, weight, labels
+    )
+    assert results[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for name, result, torch_result, exact in zip(
+        ("loss", "dhidden", "dweight"), results, of_torch, truth
+    ):
+        assert_within_torch_error(name, result.to(dtype), torch_result, exact)
+    assert results[1].dtype == results[2].dtype == dtype
+
+
+def test_many_bf16_chunks_do_not_wear_the_weight_gradient():
+    """Summed in bf16 over 4,096 chunks the gradient would lose most of its bits."""
+    hidden, weight, labels = make_inputs(torch.bfloat16, 4096)
+    hidden, labels = hidden.abs(), torch.zeros_like(labels)  # all push the same way
+    truth = run(by_definition, hidden.double(), weight.double(), labels)[2]
+    chunked = run(lambda *x: linear_cross_entropy(*x, chunk_tokens=1)[0], hidden, weight, labels)[2]
+    whole = run(lambda *x: linear_cross_entropy(*x)[0], hidden, weight, labels)[2]
+    assert_within_torch_error("dweight", chunked, whole, truth)
+
+
+def test_counts_and_weights():
+    hidden, weight, labels = make_inputs(torch.float32)
+    _, num_labels = linear_cross_entropy(hidden, weight, labels)
+    assert num_labels.dtype == torch.int64
+    assert num_labels.item() == (labels != -100).sum().item() == 42
+    label_weights = torch.rand(T)
+    label_weights[:10] = 0.0
+    loss, num_labels = linear_cross_entropy(hidden, weight, labels, label_weights=label_weights)
+    assert num_labels.item() == (labels[10:] != -100).sum().item()
+    truth = run(by_definition, hidden.double(), weight.double(), labels, label_weights.double())
+    weighted = run(
+        lambda h, w: linear_cross_entropy(h, w, labels, label_weights=label_weights)[0],
+        hidden,
+        weight,
+    )
+    assert max_error(loss, truth[0]) <= CROSS_ENTROPY_FP32
+    for result, exact in zip(weighted[1:], truth[1:]):
+        assert max_error(result, exact) <= CROSS_ENTROPY_GRAD_FP32
+    assert not weighted[1][:10].any() and not weighted[1][::7].any()
+
+
+def test_nothing_labelled():
+    hidden, weight, labels = make_inputs(torch.float32)
+    for part in (slice(0), slice(None)):
+        ignored = torch.full_like(labels[part], -100)
+        loss, dhidden, dweight = run(
+            lambda *x: linear_cross_entropy(*x)[0], hidden[part], weight, ignored
+        )
+        assert loss.item() == 0.0 and not dhidden.any() and not dweight.any()
+
+
+def test_per_token_loss():
+    hidden, weight, labels = make_inputs(torch.float32)
+    losses = per_token_loss(hidden.requires_grad_(), weight, labels, chunk_tokens=16)
+    assert losses.shape == (T,) and losses.dtype == torch.float32 and not losses.requires_grad
+    assert not losses[::7].any()
+    logits = hidden.double() @ weight.double().t()
+    truth = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    assert max_error(losses, truth) <= CROSS_ENTROPY_FP32
+
+
+def test_gradcheck_fp64():
+    hidden, weight, labels = make_inputs()
+    arguments = (hidden[:9].requires_grad_(), weight[:, :].requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_cross_entropy(h, w, labels[:9], chunk_tokens=4)[0], arguments
+    )
+
+
+def test_backward_twice_gives_the_same():
+    hidden, weight, labels = make_inputs(torch.float32)
+    weight.requires_grad_()
+    loss, _ = linear_cross_entropy(hidden, weight, labels)
+    first = torch.autograd.grad(loss, weight, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(loss, weight)[0])
+
+
+def test_large_logits_stay_finite():
+    hidden, weight, labels = make_inputs(torch.float32)
+    loss, dhidden, dweight = run(
+        lambda *x: linear_cross_entropy(*x)[0], 1e4 * hidden, weight, labels
+    )
+    assert loss.isfinite() and dhidden.isfinite().all() and dweight.isfinite().all()
+
+
+def test_logits_exist_for_one_chunk_only(monkeypatch):
+    sizes = []
+    matmul = torch.Tensor.__matmul__
+    monkeypatch.setattr(
+        torch.Tensor, "__matmul__", lambda a, b: sizes.append(len(a)) or matmul(a, b)
+    )
+    hidden, weight, labels = make_inputs(torch.float32)
+    linear_cross_entropy(hidden, weight, labels, chunk_tokens=16)
+    assert sizes == [16, 16, 16, 2]
+
+
+def _on_rank(hidden, weight, labels, label_weights):
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    start, end = (V * r // world_size for r in (rank, rank + 1))
+    hidden, shard = hidden.requires_grad_(), weight[start:end].clone().requires_grad_()
+    state = (start, dist.group.WORLD, 16)
+    loss, num_labels = linear_cross_entropy(hidden, shard, labels, *state, label_weights)
+    (loss / 40).backward()
+    dist.all_reduce(hidden.grad)
+    losses = per_token_loss(hidden, shard, labels, *state)
+    return loss.item(), num_labels.item(), hidden.grad, shard.grad, losses
+
+
+def _label_outside(hidden, weight, labels):
+    rank = dist.get_rank()
+    shard = weight[rank * 35 : (rank + 1) * 35]
+    linear_cross_entropy(hidden, shard, labels, rank * 35, dist.group.WORLD)
+
+
+def test_vocabulary_cut_over_two_processes():
+    hidden, weight, labels = make_inputs(torch.float32)
+    label_weights = torch.rand(T)
+    truth = run(by_definition, hidden.double(), weight.double(), labels, label_weights.double())
+    logits = hidden.double() @ weight.double().t()
+    truth_losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    ranks = run_distributed(_on_rank, 2, hidden, weight, labels, label_weights)
+    for loss, num_labels, dhidden, _, losses in ranks:
+        assert abs(loss - truth[0].item()) <= CROSS_ENTROPY_FP32
+        assert num_labels == 42
+        assert max_error(dhidden, truth[1]) <= CROSS_ENTROPY_GRAD_FP32
+        assert max_error(losses, truth_losses) <= CROSS_ENTROPY_FP32
+    dweight = torch.cat([rank[3] for rank in ranks])
+    assert max_error(dweight, truth[2]) <= CROSS_ENTROPY_GRAD_FP32
+
+
+def test_label_in_no_shard_is_refused_on_every_process():
+    hidden, weight, labels = make_inputs(torch.float32)
+    labels[5] = V
+    with pytest.raises(DistributedError) as error:
+        run_distributed(_label_outside, 2, hidden, weight, labels)
+    assert str(error.value).count(f"label {V} is in no vocabulary shard") == 2
+
+
+def refusals():
+    hidden, weight, labels = make_inputs(torch.float32)
+    outside = labels.clone()
+    outside[3] = V
+    return {
+        "hidden": ((hidden[0], weight, labels), r"hidden must be \[T, D\]"),
+        "sizes": ((hidden, weight[:, :9], labels), r"got \[50, 24\] and \[70, 9\]"),
+        "dtypes": ((hidden, weight.bfloat16(), labels), "hidden is torch.float32, weight is"),
+        "label dtype": ((hidden, weight, labels.int()), r"labels must be int64 \[50\]"),
+        "label count": ((hidden, weight, labels[:9]), r"labels must be int64 \[50\], .* \[9\]"),
+        "no vocabulary": ((hidden, weight[:0], labels), "weight has no rows"),
+        "chunk": ((hidden, weight, labels, 0, None, 0), "chunk_tokens must be at least 1, got 0"),
+        "weights": (
+            (hidden, weight, labels, 0, None, 9, labels),
+            r"label_weights must be float32 \[50\]",
+        ),
+        "outside": ((hidden, weight, outside), "label 70 is in no vocabulary shard"),
+        "negative": ((hidden, weight, -outside.abs() - 1), "label -.* is in no vocabulary shard"),
+        "other shard": ((hidden, weight[:35], labels), "holds entries 0 to 34"),
+    }
+
+
+@pytest.mark.parametrize("case", refusals())
+def test_refuses(case):
+    arguments, message = refusals()[case]
+    with pytest.raises(ValueError, match=f"linear_cross_entropy: .*{message}"):
+        linear_cross_entropy(*arguments)

@@ -1,0 +1,63 @@
+"""SwiGLU: forward, gradient, what it saves, refusals."""
+
+import pytest
+import torch
+
+from lclm_kernels.swiglu import swiglu
+from tests.kernels.bounds import assert_within_torch_error
+
+
+def by_definition(x):
+    gate, up = x.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def run(function, x, dy):
+    x = x.detach().clone().requires_grad_()
+    y = function(x)
+    y.backward(dy)
+    return y.detach(), x.grad
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (63, 40), (3, 5, 34), (0, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_forward_and_gradient(shape, dtype):
+    x = 3 * torch.randn(shape).to(dtype)
+    dy = torch.randn(*shape[:-1], shape[-1] // 2).to(dtype)
+    truth = run(by_definition, x.double(), dy.double())
+    of_torch = run(by_definition, x, dy)
+    for name, result, torch_result, exact in zip(("y", "dx"), run(swiglu, x, dy), of_torch, truth):
+        assert_within_torch_error(name, result, torch_result, exact)
+
+
+def test_gradcheck_fp64():
+    x = torch.randn(3, 2, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(swiglu, x)
+
+
+def test_saves_its_input_and_nothing_else():
+    x = torch.randn(5, 8, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        swiglu(x)
+    assert len(saved) == 1 and saved[0].data_ptr() == x.data_ptr()
+
+
+def test_non_contiguous_input_and_gradient():
+    x, dy = torch.randn(8, 5), torch.randn(4, 5)
+    strided, plain = (
+        run(swiglu, x.t(), dy.t()),
+        run(swiglu, x.t().contiguous(), dy.t().contiguous()),
+    )
+    assert torch.equal(strided[0], plain[0]) and torch.equal(strided[1], plain[1])
+
+
+def test_extreme_gates_stay_finite():
+    x = torch.tensor([[-1e4, 1e4, 2.0, 2.0]])
+    y, dx = run(swiglu, x, torch.ones(1, 2))
+    assert torch.equal(y, torch.tensor([[0.0, 2e4]])) and dx.isfinite().all()
+
+
+def test_refuses_an_odd_size():
+    with pytest.raises(ValueError, match=r"x must be \[\.\.\., 2F\] .* got \[3, 7\]"):
+        swiglu(torch.zeros(3, 7))
