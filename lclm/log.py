@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 
 _START = time.monotonic()
 _SAID: set[str] = set()
@@ -20,8 +21,21 @@ class _Prefix(logging.Filter):
         return True
 
 
+# Warnings of libraries about what lclm does on purpose or cannot change.
+_EXPECTED_WARNINGS = (
+    # Megatron-core: Transformer Engine and apex are optional; lclm brings its own ops.
+    {"module": r"megatron\."},
+    # torch 2.13: Megatron-core calls collectives by the names that older versions have.
+    {"message": r"`torch\.distributed\.", "category": FutureWarning},
+    # The CPU stand-in of CUDA's names sees Megatron-core read `.grad` of tensors that have none.
+    {"message": r"The \.grad attribute of a Tensor that is not a leaf", "category": UserWarning},
+)
+
+
 def setup_logging(level: int = logging.INFO) -> None:
     """Send lclm's log lines to stderr; ranks above 0 say warnings and errors only."""
+    for expected in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", **expected)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         logging.Formatter("[%(elapsed)7.1fs r%(rank)d] %(levelname).1s %(message)s")

@@ -1,19 +1,33 @@
-"""What one process of a layout test does: train a few steps and give loss and gradient norm."""
+"""What one process of a layout test does: train a few steps and give loss and gradient norm.
+
+Layouts of equal world size share one set of processes: importing costs more than training.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+from lclm.log import setup_logging
 from tests.train.tiny import ROW_LENGTH, ROWS_PER_STEP, ragged_row, tiny_config
+
+
+def train_layouts(
+    num_steps: int, layouts: dict[str, dict[str, Any]]
+) -> dict[str, list[tuple[float, float]]]:
+    """Loss and gradient norm of each step, by name of the layout."""
+    setup_logging()
+    return {name: train_steps(num_steps, changes) for name, changes in layouts.items()}
 
 
 def train_steps(num_steps: int, changes: dict[str, Any]) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step on this process's place in the layout."""
     from lclm.data.loader import Row
-    from lclm.mesh import build_mesh, leave
+    from lclm.mesh import build_mesh
 
     config = tiny_config("unused", **changes)
     mesh = build_mesh(config)
+    from megatron.core import parallel_state
+
     from lclm.model.build import build_model, init_weights
     from lclm.optim import learning_rate, set_learning_rate
     from lclm.train.micro_batch import MicroBatchBuilder, iterate_global_batch
@@ -34,5 +48,5 @@ def train_steps(num_steps: int, changes: dict[str, Any]) -> list[tuple[float, fl
             iterate_global_batch(rows, build, mesh), ROWS_PER_STEP // mesh.dp_size, ROW_LENGTH
         )
         results.append((result.loss, result.grad_norm))
-    leave()
+    parallel_state.destroy_model_parallel()
     return results

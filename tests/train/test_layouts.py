@@ -1,0 +1,71 @@
+"""The law of the project: loss and gradients do not depend on the layout.
+
+Every layout trains the same four steps on the same ragged rows and is held against one process.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import tolerances
+from tests.distributed import run_distributed
+from tests.train.layout_worker import train_layouts
+
+NUM_STEPS = 4
+
+TWO_RANKS = {
+    "dp2": {},
+    "tp2": {"parallel__tp": 2},
+    "cp2": {"parallel__cp": 2},
+    "cp2 contiguous": {"parallel__cp": 2, "parallel__cp_layout": "contiguous"},
+    "pp2": {"parallel__pp": 2},
+    "cp2 recompute": {"parallel__cp": 2, "train__recompute": "full"},
+    "pp2 tied": {"parallel__pp": 2, "model__tie_embeddings": True},
+}
+FOUR_RANKS = {
+    "tp2 cp2": {"parallel__tp": 2, "parallel__cp": 2},
+    "pp2 cp2": {"parallel__pp": 2, "parallel__cp": 2},
+    "dp2 cp2": {"parallel__cp": 2},
+    "tp2 pp2": {"parallel__tp": 2, "parallel__pp": 2},
+    "tp2 pp2 tied": {"parallel__tp": 2, "parallel__pp": 2, "model__tie_embeddings": True},
+    "cp4": {"parallel__cp": 4},
+}
+ONE_RANK = {
+    "plain": {},
+    "tied": {"model__tie_embeddings": True},
+    "no mask": {"stage__0__document_mask": False},
+}
+
+
+@pytest.fixture(scope="module")
+def one_process() -> dict[str, list[tuple[float, float]]]:
+    """Loss and gradient norm of each step in one process."""
+    return run_distributed(train_layouts, 1, NUM_STEPS, ONE_RANK)[0]
+
+
+def _compare(
+    layouts: dict[str, dict], found: dict[str, list[tuple[float, float]]], expected: dict
+) -> None:
+    for name in layouts:
+        want = expected["tied" if name.endswith("tied") else "plain"]
+        for step, (got, wanted) in enumerate(zip(found[name], want, strict=True)):
+            assert got == pytest.approx(wanted, rel=tolerances.LAYOUT_REL), f"{name} step {step}"
+
+
+def test_the_mask_and_tying_matter(one_process: dict) -> None:
+    """What is compared is sensitive: other models give other numbers."""
+    assert one_process["plain"][0] != pytest.approx(one_process["tied"][0], rel=1e-3)
+    assert one_process["plain"][0] != pytest.approx(one_process["no mask"][0], rel=1e-3)
+    losses = [loss for loss, _ in one_process["plain"]]
+    assert losses[-1] < losses[0]
+
+
+def test_two_ranks(one_process: dict) -> None:
+    for found in run_distributed(train_layouts, 2, NUM_STEPS, TWO_RANKS, timeout=240):
+        _compare(TWO_RANKS, found, one_process)
+
+
+@pytest.mark.slow
+def test_four_ranks(one_process: dict) -> None:
+    for found in run_distributed(train_layouts, 4, NUM_STEPS, FOUR_RANKS, timeout=280):
+        _compare(FOUR_RANKS, found, one_process)
