@@ -58,11 +58,13 @@ class AdamW(torch.optim.Optimizer):
             )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
+    def step(  # type: ignore[override]  # torch spells the closure's result out in overloads
+        self, closure: Callable[[], torch.Tensor] | None = None
+    ) -> torch.Tensor | None:
         """Take one step; parameters without a gradient are left alone.
 
         Raises:
-            ValueError: a parameter or gradient is not fp32, or a gradient is sparse.
+            ValueError: a parameter or gradient is not dense fp32.
         """
         loss = None
         if closure is not None:
@@ -70,16 +72,20 @@ class AdamW(torch.optim.Optimizer):
                 loss = closure()
         for index, group in enumerate(self.param_groups):
             group["step"] += 1
-            params = [param for param in group["params"] if param.grad is not None]
+            params, grads = [], []
+            for param in group["params"]:
+                if param.grad is not None:
+                    _check_param(index, param, param.grad)
+                    params.append(param)
+                    grads.append(param.grad)
             if not params:
                 continue
             for param in params:
-                _check_param(index, param)
                 if "exp_avg" not in self.state[param]:
                     self.initialize_state(param)
             adamw_step_reference(
                 params,
-                [param.grad for param in params],
+                grads,
                 [self.state[param]["exp_avg"] for param in params],
                 [self.state[param]["exp_avg_sq"] for param in params],
                 step=group["step"],
@@ -104,10 +110,10 @@ def _check_numbers(group: dict[str, Any]) -> None:
             raise ValueError(f"adamw: {name} must be {rule}, got {value}")
 
 
-def _check_param(group_index: int, param: torch.Tensor) -> None:
-    if param.dtype != torch.float32 or param.grad.dtype != torch.float32 or param.grad.is_sparse:
+def _check_param(group_index: int, param: torch.Tensor, grad: torch.Tensor) -> None:
+    if param.dtype != torch.float32 or grad.dtype != torch.float32 or grad.is_sparse:
         raise ValueError(
             f"adamw: group {group_index} holds a {param.dtype} parameter {list(param.shape)} "
-            f"with a {param.grad.dtype} {param.grad.layout} gradient; both must be dense fp32: "
+            f"with a {grad.dtype} {grad.layout} gradient; both must be dense fp32: "
             "step fp32 master copies"
         )

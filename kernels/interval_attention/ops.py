@@ -144,12 +144,10 @@ class _IntervalAttentionFunction(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         plan, scale, implementation = ctx.arguments
         delta = (dout_TNH.to(lse.dtype) * out.to(lse.dtype)).sum(dim=-1).t()
-        grads = [torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v)]
-        backward(
-            dout_TNH, q, k, v, out, lse, delta, plan, scale, *grads, implementation=implementation
-        )
-        dq, dk, dv = (grad.to(q.dtype) for grad in grads)
-        return dq, dk, dv, None, None, None
+        dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
+        state = (out, lse, delta, plan, scale, dq, dk, dv)
+        backward(dout_TNH, q, k, v, *state, implementation=implementation)
+        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), None, None, None
 
 
 def interval_attention(

@@ -163,8 +163,8 @@ def _check_order(name: str, bound: np.ndarray, rows: np.ndarray) -> None:
         before, after = rows[place], rows[place + 1]
         raise ValueError(
             f"make_plan: {name} falls from {bound[before]} in row {before} to {bound[after]} in "
-            f"row {after}; over rows that see something it must not decrease: sort queries and keys by "
-            "their global position"
+            f"row {after}; over rows that see something it must not decrease: sort queries and "
+            "keys by their global position"
         )
 
 
@@ -236,11 +236,11 @@ def _batch(parts: list[Part]) -> list[Part]:
     """
     joined: list[Part] = []
     for part in parts:
-        last = joined[-1] if joined else None
-        steps = None if last is None else _steps_to(last, part)
+        steps = _steps_to(joined[-1], part) if joined else None
         if steps is None:
             joined.append(part)
             continue
+        last = joined[-1]
         joined[-1] = replace(
             last,
             num_tiles=last.num_tiles + 1,
