@@ -1,10 +1,14 @@
-"""Small indexed files for the data tests."""
+"""Small indexed files and tokenizers for the data tests."""
 
+import base64
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
+import tokenizers
 
 from lclm.data.indexed import IndexedWriter
 
@@ -25,3 +29,51 @@ def write_prefix(tmp_path: Path) -> WritePrefix:
         return prefix
 
     return write
+
+
+SENTENCES = [
+    "hello hello world, the cat sat on the mat\n",
+    "def f(x):\n    return x + 1\n",
+    "a long road goes over the hill and the hill is high\n",
+    "numbers 123 456 789 and names: Anna, Bertil, Carla\n",
+]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One small tokenizer of each kind, all under the name tokenizer.model or tokenizer.json."""
+    root = tmp_path_factory.mktemp("tokenizers")
+    files = {
+        kind: root / kind / ("tokenizer.json" if kind == "hf" else "tokenizer.model")
+        for kind in ("hf", "tiktoken", "sentencepiece")
+    }
+    for file in files.values():
+        file.parent.mkdir()
+    hf = tokenizers.Tokenizer(tokenizers.models.BPE())
+    hf.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    hf.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|begin_of_text|>", "<|end_of_text|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    hf.train_from_iterator(SENTENCES, trainer)
+    hf.save(str(files["hf"]))
+    merged = [b"he", b"ll", b"hell", b"hello", b" w", b"or", b" wor", b" world"]
+    ranks = [bytes([value]) for value in range(256)] + merged
+    lines = (b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(ranks))
+    files["tiktoken"].write_bytes(b"".join(lines))
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES),
+        model_writer=model,
+        vocab_size=320,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    files["sentencepiece"].write_bytes(model.getvalue())
+    return files
