@@ -2,6 +2,7 @@
 
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -55,9 +56,9 @@ def test_only_one_group_is_held(tmp_path):
 
     def load_group(number):
         assert sum(ref() is not None for ref in alive) <= 2  # the group before, at most
-        tensors = [torch.full((10,), float(number)) for _ in groups[number]]
-        alive.extend(weakref.ref(tensor) for tensor in tensors)
-        return tensors
+        arrays = [np.full(10, number, dtype=np.float32) for _ in groups[number]]
+        alive.extend(weakref.ref(array) for array in arrays)  # live as long as tensors on them
+        return [torch.from_numpy(array) for array in arrays]
 
     write_shards(tmp_path, groups, load_group, 160, lambda line: None)
     assert len(alive) == 10

@@ -10,6 +10,7 @@ import weakref
 from collections import deque
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -126,9 +127,9 @@ def test_one_tensor_is_held_while_writing(tmp_path):
 
     def load(key):
         assert sum(ref() is not None for ref in alive) <= 1  # the one before, at most
-        tensor = torch.full((7, 3), float(key[1:]))
-        alive.append(weakref.ref(tensor))
-        return tensor
+        array = np.full((7, 3), float(key[1:]), dtype=np.float32)
+        alive.append(weakref.ref(array))  # lives as long as any tensor on its memory
+        return torch.from_numpy(array)
 
     write_torch_dist(tmp_path, stored, load)
     assert len(alive) == 6
