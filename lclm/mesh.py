@@ -41,6 +41,8 @@ class Mesh:
     pp_size: int
     pp_rank: int
     pp_group: dist.ProcessGroup
+    has_joined: bool
+    """Whether `build_mesh` initialized torch.distributed, rather than its caller."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -88,7 +90,7 @@ def build_mesh(config: Config) -> Mesh:
         from lclm.cpu import use_cpu
 
         use_cpu()
-    _join(device, world_size)
+    has_joined = _join(device, world_size)
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
@@ -119,13 +121,14 @@ def build_mesh(config: Config) -> Mesh:
         pp_size=config.parallel.pp,
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        has_joined=has_joined,
     )
 
 
-def _join(device: torch.device, world_size: int) -> None:
-    """Initialize torch.distributed: NCCL on CUDA, gloo on CPU."""
+def _join(device: torch.device, world_size: int) -> bool:
+    """Initialize torch.distributed, NCCL on CUDA, gloo on CPU; False if the caller has done it."""
     if dist.is_initialized():
-        return
+        return False
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, timeout=TIMEOUT)
@@ -137,12 +140,13 @@ def _join(device: torch.device, world_size: int) -> None:
         raise ConfigError(
             f"WORLD_SIZE = {world_size} but MASTER_ADDR is not set; start the run with torchrun"
         )
+    return True
 
 
-def leave() -> None:
-    """Leave the process groups."""
+def leave(mesh: Mesh) -> None:
+    """Take the mesh down; torch.distributed too, if `build_mesh` initialized it."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
+    if mesh.has_joined:
         dist.destroy_process_group()

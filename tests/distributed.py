@@ -55,7 +55,7 @@ def run_distributed(
             reader, writer = context.Pipe(duplex=False)
             os.environ.update(_environment(rank, world_size, store.port))  # inherited by the child
             process = context.Process(
-                target=_run_rank, args=(pickle.dumps((fn, args)), writer), daemon=True
+                target=_run_rank, args=(pickle.dumps((fn, args)), writer), daemon=False
             )
             process.start()
             writer.close()  # so that the child's death ends the pipe

@@ -37,3 +37,14 @@ MINI_LLAMA_LOGITS = {"rtol": 0.0, "atol": 1e-4}
 # in another order (about 1e-7), and AdamW's first steps divide by the size of the gradient, which
 # lifts rounding noise of nearly-zero gradients into the weights.
 LAYOUT_REL = 1e-5
+
+# Loss and gradients (norm of the difference) of packed documents against the same documents alone,
+# relative, fp32: the same terms in another order.
+PACKED_REL = 5e-6
+
+# Loss and gradient norm after resuming on another layout, relative: as LAYOUT_REL.
+RESUME_REL = 1e-5
+
+# Logits of the trainer against transformers' on the exported folder, absolute, fp32, random
+# initial weights: logits are below 10 in size.
+HF_LOGITS_ABS = 1e-4

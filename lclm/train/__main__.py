@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             logger.error("%s", error)
         return 2
     run.train()
-    leave()
+    leave(mesh)
     return 0
 
 

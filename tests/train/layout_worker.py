@@ -22,12 +22,10 @@ def train_layouts(
 def train_steps(num_steps: int, changes: dict[str, Any]) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step on this process's place in the layout."""
     from lclm.data.loader import Row
-    from lclm.mesh import build_mesh
+    from lclm.mesh import build_mesh, leave
 
     config = tiny_config("unused", **changes)
     mesh = build_mesh(config)
-    from megatron.core import parallel_state
-
     from lclm.model.build import build_model, init_weights
     from lclm.optim import learning_rate, set_learning_rate
     from lclm.train.micro_batch import MicroBatchBuilder, iterate_global_batch
@@ -48,5 +46,5 @@ def train_steps(num_steps: int, changes: dict[str, Any]) -> list[tuple[float, fl
             iterate_global_batch(rows, build, mesh), ROWS_PER_STEP // mesh.dp_size, ROW_LENGTH
         )
         results.append((result.loss, result.grad_norm))
-    parallel_state.destroy_model_parallel()
+    leave(mesh)
     return results

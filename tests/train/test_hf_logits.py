@@ -1,0 +1,98 @@
+"""The exported folder gives, in transformers, the trainer's own logits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests import tolerances
+from tests.distributed import run_distributed
+from tests.train.tiny import VOCAB_SIZE, tiny_config
+
+ROOT = Path(__file__).parents[2]
+SEQ_LENGTH = 48
+ROPE_BASE = 5e4
+LLAMA3_SCALING = {
+    "type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_length": 32,
+}
+
+
+def save_and_run(folder: Path, tokens: np.ndarray, changes: dict[str, Any]) -> np.ndarray:
+    """Save random weights as a checkpoint; this tp rank's logits `[T, V / tp]`."""
+    from lclm.data.loader import Row
+    from lclm.mesh import build_mesh
+
+    config = tiny_config("unused", **changes)
+    mesh = build_mesh(config)
+    from lclm.checkpoint import store
+    from lclm.checkpoint.folder import CheckpointInfo
+    from lclm.model.build import build_model, init_weights
+    from lclm.train.loop import versions
+    from lclm.train.micro_batch import MicroBatchBuilder
+    from lclm.train.step import Engine
+
+    model = build_model(config, mesh)
+    init_weights(model, config, mesh)
+    engine = Engine(config, mesh, model, ["a"])
+    batch = MicroBatchBuilder(config, mesh, ROPE_BASE, True)(
+        Row(tokens, np.array([SEQ_LENGTH]), "a")
+    )
+    info = CheckpointInfo(
+        format=1,
+        step=7,
+        stage=0,
+        stage_step=7,
+        tokens=0,
+        model=config.model.model_dump(exclude={"init_from"}),
+        rope_base=ROPE_BASE,
+        seq_length=SEQ_LENGTH,
+        dtype=store.dtype_name(mesh.dtype),
+        has_optimizer=True,
+        ledger={},
+        versions=versions(),
+    )
+    store.save(folder, info, mesh, model, engine.optimizer, [])
+    with torch.no_grad():
+        logits = model(batch.tokens_BT, batch.labels_T, batch.row, return_logits=True)
+    return logits.float().numpy()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [
+        (1, {}),
+        (2, {"parallel__tp": 2}),
+        (1, {"model__tie_embeddings": True, "model__rope_scaling": LLAMA3_SCALING}),
+    ],
+    ids=["plain", "tp2", "tied, llama3 scaling"],
+)
+def test_transformers_gives_the_trainers_logits(
+    tmp_path: Path, ranks: int, changes: dict[str, Any]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    tokens = np.random.default_rng(3).integers(0, VOCAB_SIZE, SEQ_LENGTH)
+    shards = run_distributed(save_and_run, ranks, tmp_path / "checkpoints", tokens, changes)
+    command = [sys.executable, str(ROOT / "tools" / "convert_to_hf.py")]
+    command += ["--checkpoint", str(tmp_path / "checkpoints"), "--output", str(tmp_path / "hf")]
+    subprocess.run(command, check=True, cwd=ROOT, timeout=120)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(tokens)[None]).logits[0].numpy()
+    ours = np.concatenate(shards, axis=1)
+    assert np.abs(ours).max() > 1
+    assert np.abs(ours - theirs).max() <= tolerances.HF_LOGITS_ABS
