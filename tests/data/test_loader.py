@@ -89,6 +89,22 @@ def test_concat_wraps_into_the_next_epoch(write_prefix):
     assert set(first.tolist()) == set(range(1, total + 1))
 
 
+@pytest.mark.parametrize("packing", ["concat", "exact"])
+def test_epochs_are_reshuffled_and_not_mixed(write_prefix, packing):
+    """Documents that each fill a row: every epoch is a permutation of them, each another one."""
+    prefix = write_prefix("a", [16] * 30)
+    stage = build([MixtureEntry(prefix, packing, 0, 1.0)], 16, 90)
+    docs = [doc for doc, _, _ in pieces_of(stage, prefix)]
+    epochs = [docs[:30], docs[30:60], docs[60:]]
+    assert all(sorted(epoch) == list(range(30)) for epoch in epochs)
+    # rows of an epoch are shuffled once more: the documents' own order is the domain's
+    domain = Domain(prefix, 1, 0.0)
+    orders = [domain.stream(30 * n, 30 * n + 30).tolist() for n in range(3)]
+    assert all(sorted(order) == list(range(30)) for order in orders)
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    assert domain.stream(20, 70).tolist() == (orders[0] + orders[1] + orders[2])[20:70]
+
+
 def test_exact_cuts_the_longest_target_first(write_prefix):
     lengths = LENGTHS * 2
     prefix = write_prefix("a", lengths)

@@ -95,6 +95,18 @@ def test_special_tokens_inside_the_models_vocabulary(tmp_path, model, trainer):
     assert tokenizer.vocab_size == plain.get_vocab_size()
 
 
+def test_special_tokens_beside_the_models_vocabulary(tokenizer_files, tmp_path):
+    """As in Llama 3's tokenizer.json: special tokens that only a look-up by name can give."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_files["hf"]))
+    tokenizer.add_special_tokens(["<|eot_id|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    eot = tokenizer.token_to_id("<|eot_id|>")
+    assert eot == 300 and eot in tokenizer.encode(SPECIAL_TEXT).ids
+    ours = load_tokenizer(tmp_path)
+    assert eot not in ours.encode(SPECIAL_TEXT) and ours.vocab_size == 301
+    assert ours.decode(ours.encode(SPECIAL_TEXT)) == SPECIAL_TEXT
+
+
 def test_special_token_that_merges_can_build(tmp_path):
     tree = json.loads(tokenizers.Tokenizer(models.BPE()).to_str())
     names = ["<", "/", "s", ">", "</", "s>", "</s>"]
