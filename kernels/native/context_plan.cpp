@@ -73,7 +73,7 @@ class Deal {
       : row_(row), groups_(groups), owner(row.num_chunks, -1), room_(row.ranks, row.quota) {
     const Int wanted = row.num_chunks * fill_share / kFillParts;
     Int first_filler = Int(groups.order.size()), tokens = 0, area = 0;
-    while (first_filler > 0 && tokens < wanted) {
+    while (first_filler > 0 && tokens + groups.size[groups.order[first_filler - 1]] <= wanted) {
       const Int g = groups.order[--first_filler];
       tokens += groups.size[g];
       area += groups.area[g];

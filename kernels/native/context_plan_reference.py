@@ -113,7 +113,7 @@ class Deal:
         )
         wanted = len(self.area) * fill_share // FILL_PARTS
         first_filler, tokens, area = len(order), 0, 0
-        while first_filler > 0 and tokens < wanted:
+        while first_filler > 0 and tokens + self.group_size[order[first_filler - 1]] <= wanted:
             first_filler -= 1
             tokens += self.group_size[order[first_filler]]
             area += self.group_area[order[first_filler]]

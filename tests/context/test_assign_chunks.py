@@ -59,13 +59,13 @@ def areas(lengths: np.ndarray, owner: np.ndarray, num_ranks: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 6, 8, 13, 32])
-@pytest.mark.parametrize("chunk", [1, 16, 128])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 6, 8, 13])
+@pytest.mark.parametrize("chunk", [1, 16])
 def test_native_and_numpy_give_one_plan(num_ranks: int, chunk: int, implementation: str) -> None:
     rng = np.random.default_rng(num_ranks * 1000 + chunk)
     rows = odd_rows(num_ranks, chunk)
-    for longest in (4, 60, 600, 6000):
-        rows.append(ragged_row(rng, num_ranks * chunk * int(rng.integers(1, 30)), longest))
+    for longest in (4, 60, 2000):
+        rows.append(ragged_row(rng, num_ranks * chunk * int(rng.integers(1, 24)), longest))
     for lengths in rows:
         owner = assign_chunks(lengths, num_ranks, chunk, implementation)
         reference = assign_chunks(lengths, num_ranks, chunk, "reference")

@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 
-from lclm.context.plan import RowPlan, build_row_plan, contiguous_plan, zigzag_plan
+from lclm.context.plan import (
+    RowPlan,
+    build_row_plan,
+    contiguous_plan,
+    zigzag_plan,
+)
 
 CP_SIZES = [1, 2, 3, 4, 6, 8]
 ROW_LENGTH = 96  # a multiple of 2 * cp for every size above

@@ -1,0 +1,182 @@
+"""What travels under a row plan, and what it is predicted to cost, against brute force."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from lclm.context.cost import CostModel, least_worst_share, predict, traffic_share
+from lclm.context.plan import (
+    RowPlan,
+    balanced_plan,
+    build_row_plan,
+    candidate_plans,
+    contiguous_plan,
+    plan_row,
+    zigzag_plan,
+)
+
+CP_SIZES = [1, 2, 3, 4, 6, 8]
+ROWS = {
+    "one document": [96],
+    "one-token documents": [1] * 96,
+    "ends on every chunk border": [12] * 8,
+    "ragged": [5, 1, 1, 37, 2, 17, 33],
+    "giant with crumbs": [1, 94, 1],
+}
+
+
+def plans(lengths: list[int], cp_size: int) -> list[RowPlan]:
+    return [
+        contiguous_plan(lengths, cp_size),
+        zigzag_plan(lengths, cp_size),
+        balanced_plan(lengths, cp_size, 4),
+        balanced_plan(lengths, cp_size, 1),
+    ]
+
+
+def visible(lengths: list[int]) -> np.ndarray:
+    """bool [T, T], [query, key], by definition."""
+    doc = np.repeat(np.arange(len(lengths)), lengths)
+    place = np.arange(len(doc))
+    return (doc[:, None] == doc[None, :]) & (place[None, :] <= place[:, None])
+
+
+@pytest.mark.parametrize("cp_size", CP_SIZES)
+@pytest.mark.parametrize("lengths", ROWS.values(), ids=ROWS.keys())
+def test_areas_and_travels_by_brute_force(lengths: list[int], cp_size: int) -> None:
+    mask = visible(lengths)
+    for plan in plans(lengths, cp_size):
+        for query_rank in range(cp_size):
+            queries = plan.positions(query_rank)
+            assert plan.area(query_rank) == mask[queries].sum()
+            for key_rank in range(cp_size):
+                keys = plan.positions(key_rank)
+                block = mask[np.ix_(queries, keys)]
+                assert plan.areas[query_rank, key_rank] == block.sum()
+                seen = set() if key_rank == query_rank else set(keys[block.any(axis=0)].tolist())
+                spans = plan.travels(query_rank, key_rank)
+                assert {at for start, end in spans for at in range(start, end)} == seen
+                assert all(start < end for start, end in spans)
+                assert all(a[1] < b[0] for a, b in pairwise(spans))
+                assert plan.received[query_rank, key_rank] == len(seen)
+
+
+@pytest.mark.parametrize("cp_size", [2, 3, 4, 8])
+@pytest.mark.parametrize("lengths", ROWS.values(), ids=ROWS.keys())
+def test_travel_intervals_point_at_visible_keys(lengths: list[int], cp_size: int) -> None:
+    mask = visible(lengths)
+    for plan in plans(lengths, cp_size):
+        for query_rank in range(cp_size):
+            queries = plan.positions(query_rank)
+            for key_rank in set(range(cp_size)) - {query_rank}:
+                spans = plan.travels(query_rank, key_rank)
+                keys = np.array([at for start, end in spans for at in range(start, end)], dtype=int)
+                lo, hi = plan.travel_intervals(query_rank, key_rank)
+                for query, first, end in zip(queries, lo, hi, strict=True):
+                    held = set(plan.positions(key_rank).tolist())
+                    truth = set(np.flatnonzero(mask[query]).tolist()) & held
+                    assert first <= end and set(keys[first:end].tolist()) == truth
+
+
+@pytest.mark.parametrize("cp_size", CP_SIZES)
+def test_every_send_has_its_receive(cp_size: int) -> None:
+    for plan in plans(ROWS["ragged"], cp_size):
+        sent, received = set(), set()
+        for rank in range(cp_size):
+            for step in plan.steps(rank):
+                assert step.receives or step.sends
+                if step.receives:
+                    received.add((step.number, step.source, rank, step.receives))
+                if step.sends:
+                    sent.add((step.number, rank, step.destination, step.sends))
+        assert sent == received
+        moved = sum(end - start for *_, spans in sent for start, end in spans)
+        assert moved == plan.received.sum()
+
+
+@pytest.mark.parametrize("cp_size", CP_SIZES)
+def test_balanced_spans_lie_on_the_grid(cp_size: int) -> None:
+    plan = balanced_plan(ROWS["ragged"], cp_size, 4)
+    assert all(border % 4 == 0 for spans in plan.chunks for span in spans for border in span)
+    assert [len(plan.positions(rank)) for rank in range(cp_size)] == [96 // cp_size] * cp_size
+
+
+def test_one_document_is_balanced_at_any_size() -> None:
+    for cp_size in (2, 4, 32):
+        plan = balanced_plan([cp_size * 64 * 16], cp_size, 64)
+        assert predict(plan, CostModel()).area_imbalance < 1.001
+
+
+def test_prediction_of_a_row_that_can_be_counted_by_hand() -> None:
+    """Two ranks, one document of 8: rank 0 holds 0..3, rank 1 holds 4..7 and needs 0..3."""
+    cost = CostModel(
+        forward_flops_per_second=4.0,  # one pair takes one second
+        backward_flops_per_second=10.0,
+        link_bytes_per_second=1.0,
+        step_seconds=0.5,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=1,
+        kv_bytes=2,
+        gradient_bytes=4,
+    )
+    result = predict(contiguous_plan([8], 2), cost)
+    assert result.area.tolist() == [10, 26]
+    # 4 tokens: 4 bytes of K and V each, twice, and 8 bytes of gradients back
+    assert result.received_bytes.tolist() == [4 * 8, 4 * 4 * 2]
+    assert result.sent_bytes.tolist() == [4 * 4 * 2, 4 * 8]
+    assert result.compute_seconds.tolist() == [20.0, 52.0]
+    # transfers of 16 bytes forward and 32 backward, each under 10 seconds of work on own keys
+    assert result.exposed_seconds.tolist() == [6.5 + 22.5] * 2
+    assert result.seconds == 81.0
+    assert result.area_imbalance == pytest.approx(26 / 18)
+
+
+def test_traffic_shares() -> None:
+    plan = contiguous_plan([8, 24], 4)
+    assert traffic_share(plan).tolist() == pytest.approx([0, 0, 8 / 24, 16 / 24])
+    assert least_worst_share(plan) == pytest.approx(16 / 24)
+    assert least_worst_share(contiguous_plan([8] * 4, 4)) == 0
+    assert traffic_share(contiguous_plan([8], 1)).tolist() == [0]
+
+
+def test_plan_row_takes_what_is_predicted_to_be_fastest() -> None:
+    lengths, cp_size, chunk = [9000, 500, 6884], 8, 128
+    plans_by_name = candidate_plans(lengths, cp_size, chunk)
+    assert list(plans_by_name) == ["balanced", "contiguous", "zigzag"]
+    slow_link = CostModel(link_bytes_per_second=1e6)
+    chosen = set()
+    for cost in (CostModel(), slow_link):
+        seconds = {name: predict(plan, cost).seconds for name, plan in plans_by_name.items()}
+        best = min(seconds, key=lambda name: seconds[name])
+        chosen.add(best)
+        plan = plan_row(lengths, cp_size, chunk, cost)
+        assert plan.digest() == plans_by_name[best].digest()
+        assert plan.digest() == plan_row(lengths, cp_size, chunk, cost, "reference").digest()
+    assert len(chosen) == 2  # a slow link changes the choice
+    assert build_row_plan("auto", lengths, cp_size, chunk).digest() == (
+        plan_row(lengths, cp_size, chunk).digest()
+    )
+
+
+def test_zigzag_is_no_candidate_off_the_grid() -> None:
+    assert list(candidate_plans([96], 4, 24)) == ["balanced", "contiguous"]
+
+
+@pytest.mark.parametrize(
+    ("build", "match"),
+    [
+        (lambda: plan_row([96], 0, 4), "cp_size is 0"),
+        (lambda: plan_row([96], 4, 0), "chunk is 0"),
+        (lambda: plan_row([96], 4, 25), "fewer chunks of 25 than the 4 ranks"),
+        (lambda: plan_row([96], 4, 5), r"96 tokens is not a multiple of .* = 4 \* 5 = 20"),
+        (lambda: plan_row([90, 0, 6], 4, 4), r"doc_lengths\[1\] is 0"),
+        (lambda: plan_row([96], 4, 4, None, "cuda"), "implementation='cuda'"),
+        (lambda: build_row_plan("auto", [96], 4), "needs a chunk"),
+        (lambda: CostModel(link_bytes_per_second=0), "link_bytes_per_second is 0"),
+    ],
+)
+def test_bad_input_is_refused(build, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        build()
