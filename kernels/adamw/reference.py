@@ -27,6 +27,18 @@ def adamw_step_reference(
         step: number of this step, from 1.
         lr: learning rate; the decay multiplies the weights by 1 - lr * weight_decay.
     """
+    if len(params) > 1 and params[0].device.type == "cpu":
+        # One parameter at a time stays in the cache; on a GPU one launch serves them all.
+        for tensors in zip(params, grads, exp_avgs, exp_avg_sqs):
+            adamw_step_reference(
+                *([tensor] for tensor in tensors),
+                step=step,
+                lr=lr,
+                betas=betas,
+                eps=eps,
+                weight_decay=weight_decay,
+            )
+        return
     beta1, beta2 = betas
     if weight_decay != 0.0:
         torch._foreach_mul_(params, 1.0 - lr * weight_decay)

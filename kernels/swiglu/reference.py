@@ -22,12 +22,9 @@ def swiglu_fwd_reference(x: torch.Tensor) -> torch.Tensor:
 def swiglu_bwd_reference(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Return dx [..., 2F] in x's dtype from dy [..., F] and the forward's input."""
     gate, up = (_wide(half) for half in x.chunk(2, dim=-1))
-    sigmoid = torch.sigmoid(gate)
-    silu = gate * sigmoid
     wide_dy = _wide(dy)
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dx = torch.empty(x.shape, dtype=gate.dtype, device=x.device)
     dgate, dup = dx.chunk(2, dim=-1)
-    # silu'(g) = sigmoid(g) + silu(g) * (1 - sigmoid(g))
-    dgate.copy_(wide_dy * up * (sigmoid + silu * (1.0 - sigmoid)))
-    dup.copy_(wide_dy * silu)
-    return dx
+    torch.ops.aten.silu_backward.grad_input(wide_dy * up, gate, grad_input=dgate)
+    torch.mul(wide_dy, torch.nn.functional.silu(gate), out=dup)
+    return dx.to(x.dtype)
