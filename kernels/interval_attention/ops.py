@@ -73,18 +73,18 @@ def forward(
 
 
 def backward(
-    dout_TNH: torch.Tensor,
-    q_TNH: torch.Tensor,
-    k_SKH: torch.Tensor,
-    v_SKH: torch.Tensor,
-    out_TNH: torch.Tensor,
-    lse_NT: torch.Tensor,
-    delta_NT: torch.Tensor,
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
     plan: IntervalPlan,
     scale: float,
-    dq_TNH: torch.Tensor,
-    dk_SKH: torch.Tensor,
-    dv_SKH: torch.Tensor,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
     deterministic: bool = False,
     implementation: str = AUTO,
 ) -> None:
@@ -94,66 +94,64 @@ def backward(
     gradients of the whole row exactly.
 
     Args:
-        dout_TNH: gradient of the whole row's out, [T, N, H].
-        q_TNH, k_SKH, v_SKH, plan, scale, implementation: as in `forward`.
-        out_TNH: the whole row's out, fp32 or q's dtype; lse_NT: the whole row's, [N, T].
-        delta_NT: fp32 [N, T], sum over H of dout * out. An implementation may compute it again
+        dout: gradient of the whole row's out, [T, N, H].
+        q, k, v, plan, scale, implementation: as in `forward`.
+        out: the whole row's out, fp32 or q's dtype; lse: the whole row's, [N, T].
+        delta: fp32 [N, T], sum over H of dout * out. An implementation may compute it again
             from dout and out, so nothing else can be folded into it.
-        dq_TNH, dk_SKH, dv_SKH: fp32 (fp64) accumulators in the shapes of q, k, v.
+        dq, dk, dv: fp32 (fp64) accumulators in the shapes of q, k, v.
         deterministic: the same inputs give the same bits; "cpu" and "reference" always do.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together or the implementation, or a
             deterministic run was asked of "sdpa".
     """
-    _check_qkv(q_TNH, k_SKH, v_SKH, plan, scale)
-    chosen = choose("interval_attention", implementation, q_TNH.device, q_TNH.dtype, _CANDIDATES)
+    _check_qkv(q, k, v, plan, scale)
+    chosen = choose("interval_attention", implementation, q.device, q.dtype, _CANDIDATES)
     if deterministic and chosen == "sdpa":
         raise ValueError(
             f"{_WHERE}implementation 'sdpa' has no deterministic backward; use "
             "deterministic=False or implementation='reference'"
         )
-    wide = _wide_dtype(q_TNH.dtype)
-    device = q_TNH.device
-    num_queries, num_heads, _ = q_TNH.shape
-    for name, x, like in (("dq", dq_TNH, q_TNH), ("dk", dk_SKH, k_SKH), ("dv", dv_SKH, v_SKH)):
+    wide = _wide_dtype(q.dtype)
+    device = q.device
+    num_queries, num_heads, _ = q.shape
+    for name, x, like in (("dq", dq, q), ("dk", dk, k), ("dv", dv, v)):
         _check(name, x, like.shape, wide, device)
-    for name, x in (("lse", lse_NT), ("delta", delta_NT)):
+    for name, x in (("lse", lse), ("delta", delta)):
         _check(name, x, (num_heads, num_queries), wide, device)
-    for name, x in (("dout", dout_TNH), ("out", out_TNH)):
-        _check(name, x, q_TNH.shape, wide if x.dtype == wide else q_TNH.dtype, device)
+    for name, x in (("dout", dout), ("out", out)):
+        _check(name, x, q.shape, wide if x.dtype == wide else q.dtype, device)
     if chosen == "reference":
-        reference_bwd(
-            dout_TNH, q_TNH, k_SKH, v_SKH, lse_NT, delta_NT, plan, scale, dq_TNH, dk_SKH, dv_SKH
-        )
+        reference_bwd(dout, q, k, v, lse, delta, plan, scale, dq, dk, dv)
     else:
         run = {"cpu": cpu_bwd, "sdpa": sdpa_bwd}[chosen]
-        run(dout_TNH, q_TNH, k_SKH, v_SKH, out_TNH, lse_NT, plan, scale, dq_TNH, dk_SKH, dv_SKH)
+        run(dout, q, k, v, out, lse, plan, scale, dq, dk, dv)
 
 
 class _IntervalAttentionFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_TNH, k_SKH, v_SKH, plan, scale, implementation):
-        out, lse = forward(q_TNH, k_SKH, v_SKH, plan, scale, None, implementation)
-        ctx.save_for_backward(q_TNH, k_SKH, v_SKH, out, lse)
+    def forward(ctx, q, k, v, plan, scale, implementation):
+        out, lse = forward(q, k, v, plan, scale, None, implementation)
+        ctx.save_for_backward(q, k, v, out, lse)
         ctx.arguments = (plan, scale, implementation)
         return out
 
     @staticmethod
-    def backward(ctx, dout_TNH):
+    def backward(ctx, dout):
         q, k, v, out, lse = ctx.saved_tensors
         plan, scale, implementation = ctx.arguments
-        delta = (dout_TNH.to(lse.dtype) * out.to(lse.dtype)).sum(dim=-1).t()
+        delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(dim=-1).t()
         dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
         state = (out, lse, delta, plan, scale, dq, dk, dv)
-        backward(dout_TNH, q, k, v, *state, implementation=implementation)
+        backward(dout, q, k, v, *state, implementation=implementation)
         return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), None, None, None
 
 
 def interval_attention(
-    q_TNH: torch.Tensor,
-    k_SKH: torch.Tensor,
-    v_SKH: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     plan: IntervalPlan,
     scale: float,
     implementation: str = AUTO,
@@ -162,7 +160,7 @@ def interval_attention(
 
     Arguments and errors as in `forward`. Returns out [T, N, H] in q's dtype.
     """
-    return _IntervalAttentionFunction.apply(q_TNH, k_SKH, v_SKH, plan, scale, implementation)
+    return _IntervalAttentionFunction.apply(q, k, v, plan, scale, implementation)
 
 
 def _wide_dtype(dtype: torch.dtype) -> torch.dtype:

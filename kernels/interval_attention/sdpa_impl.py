@@ -39,22 +39,21 @@ class _CudaDense:
     @staticmethod
     def bwd(dout, q, k, v, out, lse, bias, is_causal, scale):
         # No dropout: the operators want the state of its random numbers and do not read it.
-        seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
-        offset = torch.zeros((), dtype=torch.uint64, device=q.device)
+        no_state = torch.zeros((), dtype=torch.int64, device=q.device)
         if _is_flash(q, bias):
             sizes = (q.shape[2], k.shape[2])
             lse = lse.contiguous()  # read by address, without strides
             return _FLASH_BACKWARD(
-                *(dout, q, k, v, out, lse, None, None, *sizes, 0.0, is_causal, seed, offset),
+                *(dout, q, k, v, out, lse, None, None, *sizes, 0.0, is_causal),
+                *(no_state, no_state),
                 scale=scale,
             )
         num_kv_heads = k.shape[1]
         k, v = (_repeat_heads(x, q.shape[1]) for x in (k, v))
         # inf: a padding row's softmax is 0
         lse = pad(lse, (0, -lse.shape[2] % _LSE_ALIGNMENT), value=float("inf"))
-        seed, offset = (x.flatten()[0].to(torch.int64) for x in (seed, offset))
         dq, dk, dv, _ = _EFFICIENT_BACKWARD(
-            *(dout, q, k, v, _align_bias(bias, q), out, lse, seed, offset, 0.0),
+            *(dout, q, k, v, _align_bias(bias, q), out, lse, no_state, no_state, 0.0),
             [True, True, True, False],
             is_causal,
             scale=scale,

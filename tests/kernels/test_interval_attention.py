@@ -178,6 +178,22 @@ def test_backward_adds(implementation):
         assert max_error(one + 2.0, other) <= ATTENTION_SPLIT_FP32
 
 
+def test_threads_give_the_bits_of_one_thread():
+    """Query heads of one kv head add to the same gradient: they must not race."""
+    plan = MASKS["one giant document"]
+    inputs = [x.float() for x in random_inputs(plan, 8, 2)]
+    num_threads = torch.get_num_threads()
+    try:
+        results = []
+        for torch_threads in (1, 4):
+            torch.set_num_threads(torch_threads)
+            results.append(run_autograd(*inputs, plan, "cpu"))
+    finally:
+        torch.set_num_threads(num_threads)
+    for one, four in zip(*results):
+        assert torch.equal(one, four)
+
+
 @each_implementation
 def test_key_that_no_query_sees_gets_no_gradient(implementation):
     plan = MASKS["keys nobody sees"]
