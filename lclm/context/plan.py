@@ -26,6 +26,9 @@ __all__ = [
 ]
 
 
+_EVEN_AREA = 1.05  # largest over mean area of the ranks; less is not felt beside other noise
+
+
 def contiguous_plan(doc_lengths: DocLengths, cp_size: int) -> RowPlan:
     """Rank r holds the r-th of `cp_size` equal stretches of the row.
 
@@ -109,14 +112,16 @@ def plan_row(
     cost: CostModel | None = None,
     implementation: str = "auto",
 ) -> RowPlan:
-    """The plan whose attention is predicted to take least time.
+    """The candidate whose attention is predicted to take least time.
 
     Args:
         doc_lengths: tokens of each document of the row.
         cp_size: number of ranks R.
         chunk: granularity in tokens: span ends are multiples of it; R * chunk must divide the row
             length. Attention kernels work on tiles of 128; longer rows plan faster with more.
-        cost: rates of the machine and the model's attention shape; default `CostModel()`.
+        cost: rates of the machine and the model's attention shape. With it time alone decides, so
+            that a slow link may be worth an uneven layout. Without it the rates are those of
+            `CostModel()` and only layouts with even area are looked at.
         implementation: of the balanced layout's solver, see `balanced_plan`.
 
     Returns:
@@ -125,9 +130,13 @@ def plan_row(
     Raises:
         ValueError: bad lengths, cp_size < 1, or a row length that cp_size * chunk does not divide.
     """
-    model = CostModel() if cost is None else cost
     plans = candidate_plans(doc_lengths, cp_size, chunk, implementation)
-    return min(plans.values(), key=lambda plan: predict(plan, model).seconds)
+    rates = CostModel() if cost is None else cost
+    predictions = {name: predict(plan, rates) for name, plan in plans.items()}
+    if cost is None:
+        limit = max(_EVEN_AREA, predictions["balanced"].area_imbalance)
+        predictions = {k: v for k, v in predictions.items() if v.area_imbalance <= limit}
+    return plans[min(predictions, key=lambda name: predictions[name].seconds)]
 
 
 _LAYOUTS = {"contiguous": contiguous_plan, "zigzag": zigzag_plan}

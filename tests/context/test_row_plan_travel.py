@@ -160,6 +160,15 @@ def test_plan_row_takes_what_is_predicted_to_be_fastest() -> None:
     )
 
 
+def test_plan_row_without_rates_keeps_area_even() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        lengths = rng.multinomial(16384 - 6, np.ones(6) / 6) + 1
+        plan = plan_row(lengths, 32, 128)
+        even = predict(balanced_plan(lengths, 32, 128), CostModel()).area_imbalance
+        assert predict(plan, CostModel()).area_imbalance <= max(1.05, even)
+
+
 def test_zigzag_is_no_candidate_off_the_grid() -> None:
     assert list(candidate_plans([96], 4, 24)) == ["balanced", "contiguous"]
 
