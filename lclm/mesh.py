@@ -85,6 +85,9 @@ def build_mesh(config: Config) -> Mesh:
     dp_size = check_world(config, world_size)
     device = choose_device(config)
     if device.type == "cuda":
+        # One hardware queue keeps sequence parallelism's communication ahead of the matrix product
+        # that it overlaps; Megatron-core asks for it. Read when CUDA starts.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(device)
     else:
         from lclm.cpu import use_cpu

@@ -57,7 +57,7 @@ def build_optimizer(config: Config, mesh: Mesh, model: Any) -> Any:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     settings = config.optimizer
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
             lr=config.stage[0].lr,
@@ -73,16 +73,23 @@ def build_optimizer(config: Config, mesh: Mesh, model: Any) -> Any:
         [model],
         use_gloo_process_groups=False,
     )
+    for part in _parts(optimizer):
+        # Moments exist from the start, so that a checkpoint can be written or read before a step.
+        for group in part.optimizer.param_groups:
+            for param in group["params"]:
+                part.optimizer.initialize_state(param)
+    return optimizer
 
 
-def param_groups(optimizer: Any) -> list[dict[str, Any]]:
-    """All parameter groups of a Megatron-core optimizer."""
-    return list(optimizer.param_groups)
+def _parts(optimizer: Any) -> list[Any]:
+    """The optimizers behind Megatron-core's chain that have parameters on this rank."""
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in chained if part.optimizer is not None]
 
 
 def set_learning_rate(optimizer: Any, lr: float, weight_decay: float, decay_norms: bool) -> None:
     """Set the rate of every group; norms decay only if `decay_norms`."""
-    for group in param_groups(optimizer):
+    for group in optimizer.param_groups:
         group["lr"] = lr
         decays = group.get("wd_mult", 1.0) > 0 or decay_norms
         group["weight_decay"] = weight_decay if decays else 0.0
@@ -90,15 +97,11 @@ def set_learning_rate(optimizer: Any, lr: float, weight_decay: float, decay_norm
 
 def reset_state(optimizer: Any) -> None:
     """Forget moments and step counter, as a stage with `optimizer_state = "fresh"` wants."""
-    for chained in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if chained.optimizer is None:
-            continue
-        for state in chained.optimizer.state.values():
-            for value in state.values():
-                if isinstance(value, torch.Tensor):
-                    value.zero_()
-        for group in chained.optimizer.param_groups:
+    for part in _parts(optimizer):
+        for group in part.optimizer.param_groups:
             group["step"] = 0
+            for param in group["params"]:
+                part.optimizer.initialize_state(param)
 
 
 def learning_rate(stage: StageConfig, step: int) -> float:

@@ -27,12 +27,15 @@ from lclm.checkpoint.folder import (
     write_info,
     write_latest,
 )
+from lclm.checkpoint.tokenizer_files import copy_tokenizer
+from lclm.config import ModelConfig
 from lclm.mesh import Mesh
 from lclm.model.llama import LlamaModel
 
 logger = logging.getLogger(__name__)
 
 MODEL_PREFIX = "model."
+EXTRA_STATE = "_extra_state"
 
 
 def _metadata(mesh: Mesh) -> dict[str, Any]:
@@ -50,7 +53,7 @@ def save(
     mesh: Mesh,
     model: LlamaModel,
     optimizer: Any,
-    tokenizer_files: list[Path],
+    tokenizer: Path | None,
 ) -> Path:
     """Write the step folder of `info.step` under `checkpoint_dir` and point `latest` to it.
 
@@ -63,7 +66,7 @@ def save(
         staging.mkdir(parents=True)
     dist.barrier()
     metadata = _metadata(mesh)
-    model_state = model.sharded_state_dict(prefix=MODEL_PREFIX, metadata=metadata)
+    model_state = _sharded_weights(model, metadata)
     state = {
         "model": model_state,
         "optimizer": optimizer.sharded_state_dict(model_state, is_loading=False, metadata=metadata),
@@ -74,10 +77,8 @@ def save(
     dist.barrier()
     if mesh.rank == 0:
         write_info(staging, info)
-        if tokenizer_files:
-            (staging / TOKENIZER_FOLDER).mkdir()
-            for file in tokenizer_files:
-                shutil.copy2(file, staging / TOKENIZER_FOLDER / file.name)
+        if tokenizer is not None:
+            _copy_tokenizer(tokenizer, staging / TOKENIZER_FOLDER)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(staging, target)
         write_latest(checkpoint_dir, target.name)
@@ -105,9 +106,7 @@ def load(
     info = read_info(folder)
     check_architecture(folder, info, config_model)
     metadata = _metadata(mesh)
-    state: dict[str, Any] = {
-        "model": model.sharded_state_dict(prefix=MODEL_PREFIX, metadata=metadata)
-    }
+    state: dict[str, Any] = {"model": _sharded_weights(model, metadata)}
     if optimizer is not None:
         if not info.has_optimizer:
             raise CheckpointError(
@@ -119,19 +118,42 @@ def load(
         )
     loaded = dist_checkpointing.load(state, str(folder))
     prefix = len(MODEL_PREFIX)
-    model.load_state_dict({name[prefix:]: value for name, value in loaded["model"].items()})
+    result = model.load_state_dict(
+        {name[prefix:]: value for name, value in loaded["model"].items()}, strict=False
+    )
+    missing = [name for name in result.missing_keys if not name.endswith(EXTRA_STATE)]
+    assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
     dist.barrier()
     return info
 
 
+def _sharded_weights(model: LlamaModel, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Weights as sharded tensors, without the (empty) objects that Transformer Engine would fill.
+
+    A checkpoint made by `convert_from_hf.py` has none of these, and nobody needs them.
+    """
+    state = model.sharded_state_dict(prefix=MODEL_PREFIX, metadata=metadata)
+    return {name: value for name, value in state.items() if not name.endswith(EXTRA_STATE)}
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a tokenizer's file, or folder, with the files that belong to it."""
+    copy_tokenizer(source if source.is_dir() else source.parent, target)
+    if source.is_file():
+        shutil.copyfile(source, target / source.name)
+
+
 def check_architecture(folder: Path, info: CheckpointInfo, config_model: dict[str, Any]) -> None:
     """Refuse a checkpoint whose sizes are not those of the configuration."""
+    there, here = dict(info.model), dict(config_model)
+    for fields in (there, here):
+        fields["head_dim"] = ModelConfig.model_validate(fields).head_size
     different = [
-        f"{name} is {info.model.get(name)!r} there and {value!r} here"
-        for name, value in config_model.items()
-        if name not in ("init_std", "rope_scaling") and info.model.get(name) != value
+        f"{name} is {there.get(name)!r} there and {value!r} here"
+        for name, value in here.items()
+        if name not in ("init_std", "rope_scaling") and there.get(name) != value
     ]
     if different:
         raise CheckpointError(

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Run:
         self.config, self.mesh, self.planned = config, mesh, planned
         self.dir = Path(config.run.dir)
         self.checkpoint_dir = self.dir / "checkpoints"
-        self.tokenizer_files = check_tokenizer(config)
+        self.tokenizer = check_tokenizer(config)
         model = build_model(config, mesh)
         self.model_fields = config.model.model_dump(exclude={"init_from"})
         self.step = 0
@@ -246,7 +247,7 @@ class Run:
             self.mesh,
             self.engine.module,
             self.engine.optimizer,
-            self.tokenizer_files,
+            self.tokenizer,
         )
         logger.info("saved %s in %.1f s", folder, time.perf_counter() - start)
         if self.mesh.rank == 0:
@@ -286,32 +287,30 @@ class Stopwatch:
             yield item
 
 
-def check_tokenizer(config: Config) -> list[Path]:
-    """The tokenizer's files, after comparing its vocabulary with the model's.
+def check_tokenizer(config: Config) -> Path | None:
+    """The tokenizer's file or folder, if any, after comparing its vocabulary with the model's.
 
     Raises:
         ConfigError: if the tokenizer has more tokens than the model has rows.
     """
     if not config.data.tokenizer:
-        return []
+        return None
     tokenizer = load_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"data.tokenizer({config.data.tokenizer}) has {tokenizer.vocab_size} tokens, more than "
             f"model.vocab_size({config.model.vocab_size}); raise model.vocab_size"
         )
-    return tokenizer.files
+    return Path(config.data.tokenizer)
 
 
 def versions() -> dict[str, str]:
     """Versions of what computes, for the record."""
-    import megatron.core
-
     found = {
         "lclm": lclm.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "megatron-core": megatron.core.__version__,
+        "megatron-core": version("megatron-core"),
     }
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"],

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lclm.config import Config, check_world
+from lclm.config import Config, ConfigError, check_world
 from lclm.data.loader import StageRows
 
 
@@ -42,7 +42,8 @@ def plan_stages(config: Config) -> list[StageRows]:
     """Decide every row of the run, stage after stage, each domain going on where it stopped.
 
     Raises:
-        ValueError: if files are missing or a domain is too small for its share; before training.
+        ValueError: if files are missing, a domain is too small for its share, or token ids may
+            lie beyond the model's vocabulary.
     """
     planned: list[StageRows] = []
     for number, stage in enumerate(config.stage):
@@ -58,6 +59,13 @@ def plan_stages(config: Config) -> list[StageRows]:
                 max_epochs=config.data.max_epochs,
             )
         )
+        for prefix, size in planned[-1].vocab_sizes.items():
+            if size > config.model.vocab_size:
+                raise ConfigError(
+                    f"stage.{number}.mixture: {prefix} was written with a vocabulary of {size} "
+                    f"tokens, more than model.vocab_size({config.model.vocab_size}); raise "
+                    "model.vocab_size or preprocess with the model's tokenizer"
+                )
     return planned
 
 

@@ -23,3 +23,11 @@ def write_domain(prefix: Path, num_docs: int, max_length: int, seed: int) -> str
             steps = np.where(random.random(length) < 0.8, random.integers(1, 5), 7)
             writer.add_document((random.integers(VOCAB_SIZE) + np.cumsum(steps)) % VOCAB_SIZE)
     return str(prefix)
+
+
+def write_lengths(prefix: Path, lengths: list[int]) -> str:
+    """Write documents of the given lengths that hold nothing but zeros."""
+    with IndexedWriter(str(prefix), VOCAB_SIZE) as writer:
+        for length in lengths:
+            writer.add_document(np.zeros(length, np.int64))
+    return str(prefix)

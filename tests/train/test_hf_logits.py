@@ -61,7 +61,7 @@ def save_and_run(folder: Path, tokens: np.ndarray, changes: dict[str, Any]) -> n
         ledger={},
         versions=versions(),
     )
-    store.save(folder, info, mesh, model, engine.optimizer, [])
+    store.save(folder, info, mesh, model, engine.optimizer, None)
     with torch.no_grad():
         logits = model(batch.tokens_BT, batch.labels_T, batch.row, return_logits=True)
     return logits.float().numpy()

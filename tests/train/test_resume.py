@@ -96,9 +96,7 @@ def test_resumed_equals_straight_bit_for_bit(run_file: Path, straight: Path) -> 
     stops = [[*common, f"train.max_steps={stop}"] for stop in (3, 4, 6, 8)]
     assert run_distributed(run_all, 2, stops, timeout=280) == [[0] * 4] * 2
     assert records(run_dir) == records(straight)
-    assert (run_dir / "validation.jsonl").read_text() == (
-        straight / "validation.jsonl"
-    ).read_text()
+    assert (run_dir / "validation.jsonl").read_text() == (straight / "validation.jsonl").read_text()
 
 
 @pytest.mark.parametrize(

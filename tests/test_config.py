@@ -1,0 +1,148 @@
+"""Every rule of the configuration, by the message a user gets."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lclm.config import Config, ConfigError, Section, check_world, dump_toml, load_config
+
+RUN = """
+[run]
+dir = "runs/x"
+[model]
+num_layers = 4
+hidden_size = 32
+ffn_hidden_size = 64
+num_attention_heads = 4
+num_kv_heads = 2
+vocab_size = 96
+[[stage]]
+name = "one"
+seq_length = 64
+rope_base = 1e4
+tokens = 1024
+tokens_per_step = 256
+lr = 1e-2
+[[stage.mixture]]
+prefix = "a"
+packing = "concat"
+share = 0.5
+[[stage.mixture]]
+prefix = "b"
+packing = "exact"
+piece_length = 32
+share = 0.5
+"""
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(RUN)
+    return path
+
+
+def test_defaults_and_overrides(run_file: Path) -> None:
+    config = load_config(
+        run_file,
+        [
+            "parallel.cp=2",
+            "stage.0.lr=5e-3",
+            "run.dir=other place",
+            "model.tie_embeddings=true",
+        ],
+    )
+    assert config.parallel.cp == 2
+    assert config.stage[0].lr == 5e-3
+    assert config.run.dir == "other place"
+    assert config.model.tie_embeddings is True
+    assert (config.stage[0].num_steps, config.stage[0].rows_per_step) == (4, 4)
+    assert config.model.head_size == 8
+
+
+def test_what_is_dumped_reads_back_equal(run_file: Path, tmp_path: Path) -> None:
+    scaling = 'model.rope_scaling={type="linear", factor=2.0}'
+    config = load_config(run_file, ['run.dir=a"quoted\\name', scaling])
+    path = tmp_path / "dumped.toml"
+    path.write_text(dump_toml(config))
+    assert load_config(path) == config
+
+
+MESSAGES = [
+    ("train.max_step=2", "train.max_step: unknown field; did you mean 'max_steps'?"),
+    ("paralel.cp=2", "paralel: unknown field; did you mean 'parallel'?"),
+    ("stage.0.lerning_rate=1", "stage.0.lerning_rate: unknown field; known here: name, seq_length"),
+    ("model.rope_scaling.type=yarn", "model.rope_scaling.type = 'yarn'"),
+    ("model.vocab_size=many", "model.vocab_size = 'many': Input should be a valid integer"),
+    ("parallel.cp=0", "parallel.cp = 0: Input should be greater than 0"),
+    ("seed", "override 'seed': write key.path=value"),
+    ("seed.x=1", "seed is a value, not a table"),
+    ("stage.1.lr=1", "override: stage.1: '1' is not one of the 1 entries 0..0; count from 0"),
+    ("model.num_kv_heads=3", "num_kv_heads(3) must divide num_attention_heads(4)"),
+    ("model.hidden_size=30", "num_attention_heads(4) must divide hidden_size(30), or set"),
+    ("model.head_dim=7", "head size 7 must be even"),
+    ("parallel.tp=3", "model.num_attention_heads(4) must be divisible by parallel.tp(3)"),
+    ("parallel.pp=3", "model.num_layers(4) must be divisible by parallel.pp(3)"),
+    ("parallel.cp=3", "stage.0.seq_length(64) must be divisible by 6: 6 chunks of the zigzag"),
+    ("stage.0.tokens_per_step=200", "tokens_per_step(200) must be a multiple of seq_length(64)"),
+    ("stage.0.tokens=1000", "must be a multiple of tokens_per_step(256); the nearest is 1024"),
+    ("stage.0.min_lr=1", "stage.0.min_lr(1.0) is above lr(0.01)"),
+    ("stage.0.mixture.0.share=0.6", "stage.0.mixture: the shares add up to 1.100000"),
+    ("stage.0.mixture.0.share=0", "stage.0.mixture.0.share = 0: Input should be greater than 0"),
+    ("stage.0.mixture.0.piece_length=8", "piece_length has no effect with packing concat"),
+    ("stage.0.mixture.1.piece_length=48", "piece_length(48) must divide seq_length(64)"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), MESSAGES, ids=[m[0] for m in MESSAGES])
+def test_each_rule_says_what_to_do(run_file: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(run_file, [override])
+
+
+def test_constant_schedule_refuses_a_floor(run_file: Path) -> None:
+    with pytest.raises(ConfigError, match="has no effect when constant"):
+        load_config(run_file, ["stage.0.schedule=constant", "stage.0.min_lr=1e-3"])
+
+
+def test_missing_field_and_missing_or_broken_file(run_file: Path, tmp_path: Path) -> None:
+    run_file.write_text(RUN.replace("vocab_size = 96", ""))
+    with pytest.raises(ConfigError, match=re.escape("model.vocab_size: missing; set it")):
+        load_config(run_file)
+    run_file.write_text("[run")
+    with pytest.raises(ConfigError, match="is not valid TOML"):
+        load_config(run_file)
+    with pytest.raises(ConfigError, match="is not a file"):
+        load_config(tmp_path / "absent.toml")
+
+
+def test_world(run_file: Path) -> None:
+    config = load_config(run_file, ["parallel.tp=2", "parallel.cp=2"])
+    assert check_world(config, 4) == 1
+    assert check_world(config, 8) == 2
+    with pytest.raises(
+        ConfigError, match=re.escape("tp(2) * pp(1) * cp(2) = 4 does not divide the world size 6")
+    ):
+        check_world(config, 6)
+    with pytest.raises(ConfigError, match="4 rows a step cannot be dealt equally to 3"):
+        check_world(config, 12)
+
+
+def test_every_field_is_documented() -> None:
+    """The text under each field is its documentation; none may lack one."""
+
+    def fields(section: type[Section], prefix: str) -> list[str]:
+        found = []
+        for name, field in section.model_fields.items():
+            inner = [field.annotation, *getattr(field.annotation, "__args__", ())]
+            nested = [t for t in inner if isinstance(t, type) and issubclass(t, Section)]
+            if nested:
+                found += fields(nested[0], f"{prefix}{name}.")
+            elif not field.description:
+                found.append(prefix + name)
+        return found
+
+    assert fields(Config, "") == []
