@@ -79,7 +79,7 @@ MESSAGES = [
     ("model.vocab_size=many", "model.vocab_size = 'many': Input should be a valid integer"),
     ("parallel.cp=0", "parallel.cp = 0: Input should be greater than 0"),
     ("seed", "override 'seed': write key.path=value"),
-    ("seed.x=1", "seed is a value, not a table"),
+    ("run.dir.x=1", "run.dir is a value, not a table"),
     ("stage.1.lr=1", "override: stage.1: '1' is not one of the 1 entries 0..0; count from 0"),
     ("model.num_kv_heads=3", "num_kv_heads(3) must divide num_attention_heads(4)"),
     ("model.hidden_size=30", "num_attention_heads(4) must divide hidden_size(30), or set"),
