@@ -52,6 +52,8 @@ def build_masks() -> dict[str, IntervalPlan]:
         "narrow window": _plan(np.maximum(np.arange(300) - 3, 0), np.arange(300) + 1, 300),
         "prefix": _plan([0] * 300, np.maximum(np.arange(300) + 1, 150), 300),
         "middle of a document": _plan([0] * 260, np.arange(300, 560), 600),
+        # tiles of 65 keys, 64 apart: they must not be batched
+        "two queries per key": _plan([0] * 400, (np.arange(400) + 1) // 2 + 1, 300),
         "zigzag shard": _plan(*_rows_of(ragged, (100, 200), (300, 400)), total),
         "keys nobody sees": _plan([50] * 100, np.arange(51, 151), 400),
         "some rows empty": _plan([0, 9, 0, 2, 7, 2, 5], [0, 9, 4, 5, 7, 5, 5], 9),

@@ -145,7 +145,8 @@ def _on_rank(hidden, weight, labels, label_weights):
     (loss / 40).backward()
     dist.all_reduce(hidden.grad)
     losses = per_token_loss(hidden, shard, labels, *state)
-    return loss.item(), num_labels.item(), hidden.grad, shard.grad, losses
+    large = per_token_loss(1e3 * hidden, shard, labels, *state)
+    return loss.item(), num_labels.item(), hidden.grad, shard.grad, losses, large
 
 
 def _label_outside(hidden, weight, labels):
@@ -161,11 +162,12 @@ def test_vocabulary_cut_over_two_processes():
     logits = hidden.double() @ weight.double().t()
     truth_losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     ranks = run_distributed(_on_rank, 2, hidden, weight, labels, label_weights)
-    for loss, num_labels, dhidden, _, losses in ranks:
+    for loss, num_labels, dhidden, _, losses, large in ranks:
         assert abs(loss - truth[0].item()) <= CROSS_ENTROPY_FP32
         assert num_labels == 42
         assert max_error(dhidden, truth[1]) <= CROSS_ENTROPY_GRAD_FP32
         assert max_error(losses, truth_losses) <= CROSS_ENTROPY_FP32
+        assert large.isfinite().all()
     dweight = torch.cat([rank[3] for rank in ranks])
     assert max_error(dweight, truth[2]) <= CROSS_ENTROPY_GRAD_FP32
 
