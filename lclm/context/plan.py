@@ -21,6 +21,7 @@ __all__ = [
     "build_row_plan",
     "candidate_plans",
     "contiguous_plan",
+    "default_chunk",
     "plan_row",
     "zigzag_plan",
 ]
@@ -105,6 +106,19 @@ def candidate_plans(
     return plans
 
 
+def default_chunk(row_length: int, cp_size: int) -> int:
+    """A granularity for a row: about 1/1024 of it, at least 128 where that divides a rank's share.
+
+    128 is a tile of the attention kernels; 1024 chunks are planned in a few milliseconds. A power
+    of two; ValueError when cp_size does not divide the row.
+    """
+    share = _equal_parts(row_length, cp_size, parts=cp_size, layout="balanced")
+    chunk = 1 << (max(128, row_length // 1024).bit_length() - 1)
+    while share % chunk:
+        chunk //= 2
+    return chunk
+
+
 def plan_row(
     doc_lengths: DocLengths,
     cp_size: int,
@@ -151,15 +165,15 @@ def build_row_plan(
         layout: "contiguous", "zigzag", or "auto": `plan_row`'s choice.
         doc_lengths: tokens of each document.
         cp_size: number of ranks.
-        chunk: granularity in tokens, for "auto" alone, which needs it.
+        chunk: granularity of "auto" in tokens; None: `default_chunk`.
 
     Raises:
-        ValueError: an unknown layout, "auto" without chunk, or what the layout itself refuses.
+        ValueError: an unknown layout, or what the layout itself refuses.
     """
     if layout == "auto":
-        if chunk is None:
-            raise ValueError("cp_layout 'auto' needs a chunk, its granularity in tokens")
-        return plan_row(doc_lengths, cp_size, chunk)
+        lengths = check_doc_lengths(doc_lengths)
+        granularity = default_chunk(int(lengths.sum()), cp_size) if chunk is None else chunk
+        return plan_row(lengths, cp_size, granularity)
     if layout not in _LAYOUTS:
         names = ", ".join([*_LAYOUTS, "auto"])
         raise ValueError(f"cp_layout is {layout!r}; it must be one of {names}")

@@ -12,6 +12,7 @@ from lclm.context.plan import (
     build_row_plan,
     candidate_plans,
     contiguous_plan,
+    default_chunk,
     plan_row,
     zigzag_plan,
 )
@@ -169,6 +170,16 @@ def test_plan_row_without_rates_keeps_area_even() -> None:
         assert predict(plan, CostModel()).area_imbalance <= max(1.05, even)
 
 
+@pytest.mark.parametrize(
+    ("row_length", "cp_size", "chunk"),
+    [(65536, 8, 128), (524288, 32, 512), (512, 8, 64), (96, 4, 8), (9, 3, 1), (1 << 20, 64, 1024)],
+)
+def test_default_chunk(row_length: int, cp_size: int, chunk: int) -> None:
+    assert default_chunk(row_length, cp_size) == chunk
+    plan = build_row_plan("auto", [row_length - 3, 3], cp_size)
+    assert plan.digest() == plan_row([row_length - 3, 3], cp_size, chunk).digest()
+
+
 def test_zigzag_is_no_candidate_off_the_grid() -> None:
     assert list(candidate_plans([96], 4, 24)) == ["balanced", "contiguous"]
 
@@ -182,7 +193,7 @@ def test_zigzag_is_no_candidate_off_the_grid() -> None:
         (lambda: plan_row([96], 4, 5), r"96 tokens is not a multiple of .* = 4 \* 5 = 20"),
         (lambda: plan_row([90, 0, 6], 4, 4), r"doc_lengths\[1\] is 0"),
         (lambda: plan_row([96], 4, 4, None, "cuda"), "implementation='cuda'"),
-        (lambda: build_row_plan("auto", [96], 4), "needs a chunk"),
+        (lambda: build_row_plan("auto", [97], 4), "row of 97 tokens"),
         (lambda: CostModel(link_bytes_per_second=0), "link_bytes_per_second is 0"),
     ],
 )
