@@ -1,4 +1,4 @@
-"""Logging of every lclm program: one handler, a prefix of time and rank, warnings said once."""
+"""Logging of every lclm program: one handler, a prefix of time and rank."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import time
 import warnings
 
 _START = time.monotonic()
-_SAID: set[str] = set()
 
 
 class _Prefix(logging.Filter):
@@ -36,6 +35,8 @@ def setup_logging(level: int = logging.INFO) -> None:
     """Send lclm's log lines to stderr; ranks above 0 say warnings and errors only."""
     for expected in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", **expected)
+    # Megatron-core 0.19 advises every caller to compute what it then computes itself.
+    logging.getLogger("megatron.core.distributed").setLevel(logging.ERROR)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         logging.Formatter("[%(elapsed)7.1fs r%(rank)d] %(levelname).1s %(message)s")
@@ -46,10 +47,3 @@ def setup_logging(level: int = logging.INFO) -> None:
         logger.handlers = [handler]
         logger.propagate = False
         logger.setLevel(level if os.environ.get("RANK", "0") == "0" else logging.WARNING)
-
-
-def warn_once(logger: logging.Logger, message: str) -> None:
-    """Log `message` as a warning the first time it is given, never again in this process."""
-    if message not in _SAID:
-        _SAID.add(message)
-        logger.warning(message)

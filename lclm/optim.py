@@ -24,9 +24,14 @@ class MegatronAdamW(AdamW):
         betas: tuple[float, float],
         eps: float,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
-        if not adam_w_mode:
-            raise ValueError("AdamW: Megatron-core asked for coupled weight decay; not offered")
+        # `capturable` (CUDA graphs) is passed from 0.19 on; lclm asks Megatron-core for neither.
+        if not adam_w_mode or capturable:
+            raise ValueError(
+                f"AdamW: adam_w_mode={adam_w_mode}, capturable={capturable}; this optimizer has "
+                "decoupled weight decay and no CUDA graphs"
+            )
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
 

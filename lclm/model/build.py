@@ -116,8 +116,8 @@ def build_model(config: Config, mesh: Mesh, device: torch.device | None = None) 
 def mark_shards(model: LlamaModel) -> None:
     """Mark which dim of each weight is split over tp ranks.
 
-    Megatron-core marks weights only where it fills them. It reads the marks to count every weight
-    once in the gradient norm.
+    Megatron-core 0.16 marks weights only where it fills them, 0.19 always. It reads the marks to
+    count every weight once in the gradient norm.
     """
     for module in model.modules():
         if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
@@ -126,7 +126,7 @@ def mark_shards(model: LlamaModel) -> None:
             dim = 1
         else:
             continue
-        if module.weight is not None:
+        if module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
 
 
