@@ -3,19 +3,27 @@
 An operator lists its implementations best first, as `Candidate`s. `choose` returns the name of the
 first one that can serve the request, or of the one asked for. A wish that cannot be met is an
 error and never another implementation. Every distinct choice is logged once with its reason.
+
+Triton kernels run on CUDA devices. Under `TRITON_INTERPRET=1`, which must be set before the process
+starts, they also run on CPU tensors, in Triton's interpreter: slow, for tests.
 """
 
+import importlib.util
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["AUTO", "Candidate", "choose"]
+__all__ = ["AUTO", "IS_INTERPRETED", "Candidate", "choose", "triton_candidate"]
 
 AUTO = "auto"
 _LOG = logging.getLogger("lclm_kernels")
 _logged: set[tuple[str, str, str, str, str]] = set()
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -26,9 +34,12 @@ class Candidate:
     device_types: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     is_automatic: bool = True  # False: runs only when asked for by name
+    missing: str = ""  # what this installation lacks to run it
 
     def refusal(self, device: torch.device, dtype: torch.dtype) -> str:
         """Say why this implementation cannot serve device and dtype; empty if it can."""
+        if self.missing:
+            return f"needs {self.missing}"
         if device.type not in self.device_types:
             return f"runs on {'/'.join(self.device_types)}, the tensors are on {device.type}"
         if dtype not in self.dtypes:
@@ -37,12 +48,23 @@ class Candidate:
         return ""
 
 
+def triton_candidate(*dtypes: torch.dtype) -> Candidate:
+    """The candidate "triton" of an operator whose kernels take these dtypes."""
+    return Candidate(
+        "triton",
+        ("cuda", "cpu") if IS_INTERPRETED else ("cuda",),
+        dtypes,
+        missing="" if _HAS_TRITON else "the package triton, which is not installed",
+    )
+
+
 def choose(
     op: str,
     wish: str,
     device: torch.device,
     dtype: torch.dtype,
     candidates: Sequence[Candidate],
+    refused: Mapping[str, str] | None = None,
 ) -> str:
     """Return the name of the implementation that serves this call.
 
@@ -51,12 +73,17 @@ def choose(
         wish: "auto", or the name of one implementation.
         device, dtype: of the operator's inputs.
         candidates: what there is, best first.
+        refused: why an implementation cannot serve the shapes or strides at hand, by name, as a
+            clause whose subject is the implementation; absent or empty: it can.
 
     Raises:
-        ValueError: the wish names no implementation, or one that cannot serve device and dtype, or
-            no implementation can.
+        ValueError: the wish names no implementation, or one that cannot serve this call, or no
+            implementation can.
     """
-    refusals = {item.name: item.refusal(device, dtype) for item in candidates}
+    of_shape = refused or {}
+    refusals = {
+        item.name: item.refusal(device, dtype) or of_shape.get(item.name, "") for item in candidates
+    }
     if wish != AUTO:
         if wish not in refusals:
             raise ValueError(
@@ -66,7 +93,7 @@ def choose(
         if refusals[wish]:
             raise ValueError(
                 f"{op}: implementation={wish!r} cannot run: it {refusals[wish]}; "
-                f"use implementation={AUTO!r} or move the tensors"
+                f"use implementation={AUTO!r} or convert the tensors"
             )
         _log_once(op, wish, "asked for by name", device, dtype)
         return wish

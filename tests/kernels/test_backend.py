@@ -45,3 +45,21 @@ def test_the_choice_is_logged_once_with_its_reason(caplog, monkeypatch):
     assert [record.getMessage() for record in caplog.records] == [
         "op: plain implementation on cpu torch.float32 (fast runs on cuda, the tensors are on cpu)"
     ]
+
+
+def test_shapes_and_missing_packages_refuse_too():
+    refused = {"fast": "takes heads of 64, the tensors have 80"}
+    assert choose("op", "auto", CUDA, torch.bfloat16, ALL, refused) == "plain"
+    with pytest.raises(ValueError, match="'fast' cannot run: it takes heads of 64"):
+        choose("op", "fast", CUDA, torch.bfloat16, ALL, refused)
+    assert choose("op", "auto", CUDA, torch.bfloat16, ALL, {"fast": ""}) == "fast"
+    absent = Candidate("absent", ("cuda",), (torch.bfloat16,), missing="the package x")
+    with pytest.raises(ValueError, match="'absent' cannot run: it needs the package x"):
+        choose("op", "absent", CUDA, torch.bfloat16, (absent,))
+
+
+def test_triton_serves_the_cpu_only_when_interpreted():
+    candidates = (backend.triton_candidate(torch.bfloat16), PLAIN)
+    assert choose("op", "auto", CUDA, torch.bfloat16, candidates) == "triton"
+    expected = "triton" if backend.IS_INTERPRETED else "plain"
+    assert choose("op", "auto", CPU, torch.bfloat16, candidates) == expected
