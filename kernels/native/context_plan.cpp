@@ -28,12 +28,12 @@ using lclm::Ledger;
 using lclm::Row;
 using lclm::rank_cost;
 
-constexpr Int kFillParts = 16;  // filler shares are in sixteenths of the row
+constexpr Int kFillParts = 16;        // filler shares are in sixteenths of the row
 constexpr Int kFillShares[] = {1, 2, 3, 4, 6, 8, 12};
 constexpr int kOverfillShifts[] = {3, 4};  // a rank may take 1/8 or 1/16 above its target
-constexpr Int kPartners = 8;         // a round looks at exchanges with the best-off ranks
-constexpr Int kCandidates = 16;      // and at this many chunks of each rank
-constexpr Int kPairBudget = 1 << 19; // exchanges looked at in all rounds, about
+constexpr Int kPartners = 8;          // a round looks at exchanges with the best-off ranks
+constexpr Int kCandidates = 16;       // and at this many chunks of each rank
+constexpr Int kPairBudget = 1 << 19;  // exchanges looked at in all rounds, about
 constexpr Int kMinRounds = 16;
 constexpr Int kMaxRounds = 128;
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 SHARE = 4096  # area and traffic are weighed in 1/4096 of a fair share
+FREE_SHARE = SHARE // 8  # of a ring: traffic that hides under the work anyway
 FRACTION_BITS = 32  # of the multipliers that replace divisions
 AREA_BITS = 20  # a rank's fair share of area is at least 2^20 units
 FILL_PARTS = 16  # filler shares are in sixteenths of the row
@@ -39,7 +40,7 @@ class Row:
     fair_area: int
     area_factor: int
     traffic_factor: int
-    least_traffic: int
+    free_traffic: int
 
 
 def make_row(lengths: np.ndarray, ranks: int, chunk: int) -> Row:
@@ -86,7 +87,7 @@ def make_row(lengths: np.ndarray, ranks: int, chunk: int) -> Row:
         fair_area=fair_area,
         area_factor=(SHARE << FRACTION_BITS) // fair_area,
         traffic_factor=traffic_factor,
-        least_traffic=(least * traffic_factor) >> FRACTION_BITS,
+        free_traffic=max(FREE_SHARE, (least * traffic_factor) >> FRACTION_BITS),
     )
 
 
@@ -95,7 +96,7 @@ def rank_cost(row: Row, area: np.ndarray, traffic: np.ndarray) -> np.ndarray:
     x = ((area * row.area_factor) >> FRACTION_BITS) - SHARE
     x = np.where(x < 0, x >> 1, x)
     y = (traffic * row.traffic_factor) >> FRACTION_BITS
-    over = np.maximum(0, y - row.least_traffic)
+    over = np.maximum(0, y - row.free_traffic)
     return x * x + over * over + ((y * y) >> 12)
 
 

@@ -16,9 +16,10 @@ namespace lclm {
 using Int = std::int64_t;
 using Ints = std::vector<Int>;
 
-constexpr Int kShare = 4096;       // area and traffic are weighed in 1/4096 of a fair share
-constexpr int kFractionBits = 32;  // of the multipliers that replace divisions
-constexpr Int kAreaBits = 20;      // a rank's fair share of area is at least 2^20 units
+constexpr Int kShare = 4096;            // area and traffic are weighed in 1/4096 of a fair share
+constexpr Int kFreeShare = kShare / 8;  // of a ring: traffic that hides under the work anyway
+constexpr int kFractionBits = 32;       // of the multipliers that replace divisions
+constexpr Int kAreaBits = 20;           // a rank's fair share of area is at least 2^20 units
 
 // The row cut into chunks. A document that crosses a chunk border makes a chain: the chunks whose
 // first token it holds, and before them the head chunk, in which it starts.
@@ -30,7 +31,7 @@ struct Row {
   Ints group_start;                     // chunks of a group stay together; last entry num_chunks
   Int fair_area;                        // units per rank
   Int area_factor, traffic_factor;      // quantity * factor >> 32 is in 1/4096 of a share
-  Int least_traffic;                    // in 1/4096 of a ring: what the longest document needs
+  Int free_traffic;  // in 1/4096 of a ring: what the longest document needs, or hides anyway
 };
 
 inline Row make_row(const Int* lengths, Int num_docs, Int ranks, Int chunk) {
@@ -68,8 +69,8 @@ inline Row make_row(const Int* lengths, Int num_docs, Int ranks, Int chunk) {
   const Int ring = std::max<Int>(1, (ranks - 1) * (length / ranks));
   row.area_factor = (kShare << kFractionBits) / row.fair_area;
   row.traffic_factor = (kShare << kFractionBits) / ring;
-  row.least_traffic =
-      (std::max<Int>(0, longest - length / ranks) * row.traffic_factor) >> kFractionBits;
+  const Int least = std::max<Int>(0, longest - length / ranks);
+  row.free_traffic = std::max(kFreeShare, (least * row.traffic_factor) >> kFractionBits);
   for (Int i = 0; i < num_chunks; ++i) {
     const Int chain = row.chain[i];
     const bool joins = i > 0 && chain >= 0 && (row.chain[i - 1] < 0 || row.chain[i - 1] == chain);
@@ -80,12 +81,12 @@ inline Row make_row(const Int* lengths, Int num_docs, Int ranks, Int chunk) {
 }
 
 // What a rank costs the row: squares, so that the worst ranks weigh most. Area below the mean
-// counts half; traffic counts a little everywhere and fully above what cannot be avoided.
+// counts half; traffic counts a little everywhere and fully above what is free.
 inline Int rank_cost(const Row& row, Int area, Int traffic) {
   Int x = ((area * row.area_factor) >> kFractionBits) - kShare;
   if (x < 0) x >>= 1;
   const Int y = (traffic * row.traffic_factor) >> kFractionBits;
-  const Int over = std::max<Int>(0, y - row.least_traffic);
+  const Int over = std::max<Int>(0, y - row.free_traffic);
   return x * x + over * over + ((y * y) >> 12);
 }
 
