@@ -1,19 +1,15 @@
-"""The whole configuration of a run: a TOML file, dotted overrides, and one frozen tree of sections.
+"""The whole configuration of a run: one frozen tree of sections, and the rules between them.
 
-Every field has its unit and meaning in the string below it. An unknown field is an error that
-suggests the nearest name. Rules that join several sections are the small functions `_check_*` at
-the end; each raises `ConfigError` with the field, the values, the rule and the remedy.
+Every field has its unit and meaning in the string below it. Rules that join several sections are
+the small functions `_check_*` at the end; each raises `ConfigError` with the field, the values, the
+rule and the remedy. Files and overrides are read in `lclm.config_file`.
 """
 
 from __future__ import annotations
 
-import difflib
-import tomllib
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class ConfigError(ValueError):
@@ -210,10 +206,10 @@ class StageConfig(Section):
 class ValidationConfig(Section):
     """Loss on held-out documents."""
 
+    rows_per_domain: int = Field(default=0, ge=0)
+    """Rows read from each domain of the stage; 0: no validation."""
     every_steps: int = Field(default=0, ge=0)
-    """Steps between validations, and one at the end of each stage; 0: never."""
-    rows_per_domain: int = Field(default=4, gt=0)
-    """Rows read from each domain."""
+    """Steps between validations; one is always made at the end of a stage and of the run."""
 
 
 class CheckpointConfig(Section):
@@ -256,106 +252,10 @@ class Config(Section):
         return sum(stage.num_steps for stage in self.stage)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a TOML file, apply `key.path=value` overrides, check it and return it.
-
-    A value is read as TOML (`8`, `1e-5`, `true`, `[1, 2]`); what TOML cannot read is text.
-    Lists are addressed by number: `stage.0.seq_length=65536`.
-
-    Raises:
-        ConfigError: with field, value, rule and remedy.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"config: {path} is not a file; give the path of a TOML file")
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"config: {path} is not valid TOML: {error}") from error
-    for override in overrides:
-        _apply_override(tree, override)
-    try:
-        config = Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(_explain(error)) from error
-    check_config(config)
-    return config
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one `key.path=value` in the tree read from TOML."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override '{override}': write key.path=value, as in parallel.cp=2")
-    *parents, last = key.strip().split(".")
-    node: Any = tree
-    for step, part in enumerate(parents):
-        node = _child(node, part, ".".join(parents[: step + 1]))
-    value = _read_value(text)
-    if isinstance(node, list):
-        node[_list_index(node, last, key)] = value
-    else:
-        node[last] = value
-
-
-def _child(node: Any, part: str, name: str) -> Any:
-    """The table or list under `part`, made where a table is missing."""
-    if isinstance(node, list):
-        return node[_list_index(node, part, name)]
-    child = node.setdefault(part, {})
-    if not isinstance(child, (dict, list)):
-        raise ConfigError(f"override: {name} is a value, not a table; nothing lies below it")
-    return child
-
-
-def _list_index(node: list[Any], part: str, name: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
-        raise ConfigError(
-            f"override: {name}: '{part}' is not one of the {len(node)} entries "
-            f"0..{len(node) - 1}; count from 0"
-        )
-    return int(part)
-
-
-def _read_value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _section_fields(location: Sequence[int | str]) -> list[str]:
-    """Names of the fields that exist where `location` points."""
-    section: type[BaseModel] = Config
-    for part in location:
-        if isinstance(part, int):
-            continue
-        annotation = section.model_fields[part].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return list(section.model_fields)
-
-
-def _explain(error: ValidationError) -> str:
-    """One line per problem: the dotted field, the value, the rule."""
-    lines = []
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            known = _section_fields(item["loc"][:-1])
-            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
-            hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
-            lines.append(f"{where}: unknown field; {hint}")
-        elif item["type"] == "missing":
-            lines.append(f"{where}: missing; set it in the file or with {where}=...")
-        else:
-            lines.append(f"{where} = {item['input']!r}: {item['msg']}")
-    return "config: " + "; ".join(lines)
-
-
 def check_config(config: Config) -> None:
     """Check the rules that join several fields. Raises `ConfigError`."""
     _check_model(config)
+    _check_validation(config)
     for number, stage in enumerate(config.stage):
         _check_stage(config, number, stage)
         _check_mixture(f"stage.{number}", stage)
@@ -415,6 +315,20 @@ def _check_model(config: Config) -> None:
         )
 
 
+def _check_validation(config: Config) -> None:
+    validation = config.validation
+    if validation.every_steps and not validation.rows_per_domain:
+        raise ConfigError(
+            f"validation.every_steps({validation.every_steps}) has no effect while "
+            "validation.rows_per_domain is 0; set both or none"
+        )
+    if validation.rows_per_domain and not config.data.held_out_fraction:
+        raise ConfigError(
+            f"validation.rows_per_domain({validation.rows_per_domain}) needs documents that are "
+            "held out; set data.held_out_fraction above 0"
+        )
+
+
 def _check_stage(config: Config, number: int, stage: StageConfig) -> None:
     where, parallel = f"stage.{number}", config.parallel
     chunks = parallel.cp * (2 if parallel.cp_layout == "zigzag" and parallel.cp > 1 else 1)
@@ -456,33 +370,3 @@ def _check_mixture(where: str, stage: StageConfig) -> None:
                 f"{name}.piece_length({entry.piece_length}) must divide "
                 f"seq_length({stage.seq_length}); change one of them"
             )
-
-
-def dump_toml(config: Config) -> str:
-    """The resolved configuration as TOML, every field written out; `load_config` reads it back."""
-    tree = config.model_dump(exclude_none=True)
-    lines = [f"seed = {tree.pop('seed')}"]
-    stages = tree.pop("stage")
-    for name, section in tree.items():
-        lines += ["", f"[{name}]", *_toml_fields(section)]
-    for stage in stages:
-        mixture = stage.pop("mixture")
-        lines += ["", "[[stage]]", *_toml_fields(stage)]
-        for entry in mixture:
-            lines += ["", "[[stage.mixture]]", *_toml_fields(entry)]
-    return "\n".join(lines) + "\n"
-
-
-def _toml_fields(section: dict[str, Any]) -> list[str]:
-    return [f"{key} = {_toml_value(value)}" for key, value in section.items()]
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{k} = {_toml_value(v)}" for k, v in value.items()) + " }"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
-    return repr(value)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lclm.config import Config, ConfigError, Section, check_world, dump_toml, load_config
+from lclm.config import Config, ConfigError, Section, check_world
+from lclm.config_file import dump_toml, load_config
 
 RUN = """
 [run]
@@ -92,6 +93,7 @@ MESSAGES = [
     ("stage.0.min_lr=1", "stage.0.min_lr(1.0) is above lr(0.01)"),
     ("stage.0.mixture.0.share=0.6", "stage.0.mixture: the shares add up to 1.100000"),
     ("stage.0.mixture.0.share=0", "stage.0.mixture.0.share = 0: Input should be greater than 0"),
+    ("validation.every_steps=5", "has no effect while validation.rows_per_domain is 0"),
     ("stage.0.mixture.0.piece_length=8", "piece_length has no effect with packing concat"),
     ("stage.0.mixture.1.piece_length=48", "piece_length(48) must divide seq_length(64)"),
 ]
@@ -106,6 +108,11 @@ def test_each_rule_says_what_to_do(run_file: Path, override: str, message: str) 
 def test_constant_schedule_refuses_a_floor(run_file: Path) -> None:
     with pytest.raises(ConfigError, match="has no effect when constant"):
         load_config(run_file, ["stage.0.schedule=constant", "stage.0.min_lr=1e-3"])
+
+
+def test_validation_needs_held_out_documents(run_file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"set data\.held_out_fraction above 0"):
+        load_config(run_file, ["validation.rows_per_domain=2", "data.held_out_fraction=0"])
 
 
 def test_missing_field_and_missing_or_broken_file(run_file: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lclm.config import load_config
+from lclm.config_file import load_config
 from lclm.context.cost import LINKS, CostModel, least_worst_share, predict, traffic_share
 from lclm.context.lengths import read_histogram
 from lclm.context.plan import RowPlan, candidate_plans, default_chunk, plan_row

@@ -8,7 +8,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lclm.config import Config, load_config
+from lclm.config import Config
+from lclm.config_file import load_config
 from lclm.log import setup_logging
 
 logger = logging.getLogger("lclm.train")

@@ -17,8 +17,9 @@ import torch.distributed as dist
 import lclm
 from lclm.checkpoint import store
 from lclm.checkpoint.folder import LATEST_NAME, CheckpointError, CheckpointInfo
-from lclm.config import Config, ConfigError, dump_toml
-from lclm.data.loader import HeldOutRows, Row, StageRows
+from lclm.config import Config, ConfigError
+from lclm.config_file import dump_toml
+from lclm.data.loader import Row, StageRows
 from lclm.data.tokenizer import load_tokenizer
 from lclm.mesh import Mesh
 from lclm.model.build import build_model, init_weights
@@ -26,7 +27,7 @@ from lclm.optim import learning_rate, reset_state, set_learning_rate
 from lclm.train.flops import peak_flops, row_flops
 from lclm.train.metrics import RunLog
 from lclm.train.micro_batch import MicroBatch, MicroBatchBuilder, iterate_global_batch
-from lclm.train.stages import domain_names, find_position
+from lclm.train.stages import domain_names, find_position, plan_validation
 from lclm.train.step import Engine, StepResult
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class Run:
         self.config, self.mesh, self.planned = config, mesh, planned
         self.dir = Path(config.run.dir)
         self.checkpoint_dir = self.dir / "checkpoints"
+        self.held_out = plan_validation(config)
         self.tokenizer = check_tokenizer(config)
         model = build_model(config, mesh)
         self.model_fields = config.model.model_dump(exclude={"init_from"})
@@ -197,18 +199,11 @@ class Run:
 
     def _maybe_validate(self, number: int, build: MicroBatchBuilder, is_last: bool) -> None:
         every = self.config.validation.every_steps
-        if every == 0 or not (is_last or self.step % every == 0):
+        if not self.held_out[number] or not (is_last or (every and self.step % every == 0)):
             return
         stage = self.config.stage[number]
         losses: dict[str, float] = {}
-        for prefix in dict.fromkeys(entry.prefix for entry in stage.mixture):
-            held_out = HeldOutRows(
-                prefix,
-                stage.seq_length,
-                self.config.validation.rows_per_domain,
-                self.config.seed,
-                self.config.data.held_out_fraction,
-            )
+        for held_out in self.held_out[number]:
             rows = [held_out.row(n) for n in range(len(held_out))]
             sums = self.engine.evaluate(
                 iterate_global_batch(rows, build, self.mesh),

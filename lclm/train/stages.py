@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lclm.config import Config, ConfigError, check_world
-from lclm.data.loader import StageRows
+from lclm.data.loader import HeldOutRows, StageRows
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,26 @@ def plan_stages(config: Config) -> list[StageRows]:
                     "model.vocab_size or preprocess with the model's tokenizer"
                 )
     return planned
+
+
+def plan_validation(config: Config) -> list[list[HeldOutRows]]:
+    """The held-out rows of each stage, one entry per domain; empty lists without validation.
+
+    Raises:
+        ValueError: if a domain has no document to hold out; before training.
+    """
+    num_rows = config.validation.rows_per_domain
+    if num_rows == 0:
+        return [[] for _ in config.stage]
+    return [
+        [
+            HeldOutRows(
+                prefix, stage.seq_length, num_rows, config.seed, config.data.held_out_fraction
+            )
+            for prefix in dict.fromkeys(entry.prefix for entry in stage.mixture)
+        ]
+        for stage in config.stage
+    ]
 
 
 def domain_names(planned: Sequence[StageRows]) -> list[str]:

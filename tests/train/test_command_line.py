@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lclm.config import dump_toml
+from lclm.config_file import dump_toml
 from tests.train.sample_data import write_domain
 from tests.train.tiny import tiny_config
 

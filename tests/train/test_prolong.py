@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lclm.config import check_world, load_config
+from lclm.config import check_world
+from lclm.config_file import load_config
 from lclm.context.plan import build_row_plan
 from tests.distributed import run_distributed
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lclm.config import dump_toml
+from lclm.config_file import dump_toml
 from tests import tolerances
 from tests.distributed import run_distributed
 from tests.train.sample_data import write_domain
@@ -63,6 +63,7 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         checkpoint__every_steps=1,
         checkpoint__keep=9,
         validation__every_steps=3,
+        validation__rows_per_domain=4,
         metrics__tensorboard=False,
     )
     path = folder / "run.toml"
