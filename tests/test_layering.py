@@ -180,11 +180,13 @@ def test_functions_fit_on_a_screen():
 def public_functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
     """Public functions of a module and public methods of its public classes.
 
-    Methods of autograd Functions are left out: torch fixes their signature.
+    Methods of autograd Functions are left out: torch fixes their signature. So are Triton's
+    kernels: their types belong to the launch.
     """
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-            yield node
+            if not any(ast.unparse(item).startswith("triton.jit") for item in node.decorator_list):
+                yield node
         elif isinstance(node, ast.ClassDef):
             bases = [ast.unparse(base) for base in node.bases]
             if node.name.startswith("_") or any("Function" in base for base in bases):
