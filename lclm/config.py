@@ -99,8 +99,10 @@ class ParallelConfig(Section):
     """Pipeline parallel size."""
     cp: int = Field(default=1, gt=0)
     """Context parallel size: ranks that share one row."""
-    cp_layout: Literal["zigzag", "contiguous"] = "zigzag"
-    """How a row's tokens are dealt to the context ranks."""
+    cp_layout: Literal["auto", "zigzag", "contiguous"] = "auto"
+    """How a row's tokens are dealt to the context ranks. `auto`: by its documents, each row anew,
+    so that every rank has equal tokens and nearly equal attention and few keys travel. `zigzag`:
+    an early and a late part for each rank, balanced only if the row is one document."""
 
 
 class TrainConfig(Section):

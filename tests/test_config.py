@@ -87,7 +87,7 @@ MESSAGES = [
     ("model.head_dim=7", "head size 7 must be even"),
     ("parallel.tp=3", "model.num_attention_heads(4) must be divisible by parallel.tp(3)"),
     ("parallel.pp=3", "model.num_layers(4) must be divisible by parallel.pp(3)"),
-    ("parallel.cp=3", "stage.0.seq_length(64) must be divisible by 6: 6 chunks of the zigzag"),
+    ("parallel.cp=3", "stage.0.seq_length(64) must be divisible by 3: 3 chunks of the auto"),
     ("stage.0.tokens_per_step=200", "tokens_per_step(200) must be a multiple of seq_length(64)"),
     ("stage.0.tokens=1000", "must be a multiple of tokens_per_step(256); the nearest is 1024"),
     ("stage.0.min_lr=1", "stage.0.min_lr(1.0) is above lr(0.01)"),
@@ -108,6 +108,14 @@ def test_each_rule_says_what_to_do(run_file: Path, override: str, message: str) 
 def test_constant_schedule_refuses_a_floor(run_file: Path) -> None:
     with pytest.raises(ConfigError, match="has no effect when constant"):
         load_config(run_file, ["stage.0.schedule=constant", "stage.0.min_lr=1e-3"])
+
+
+def test_zigzag_cuts_twice_as_fine(run_file: Path) -> None:
+    changes = ["parallel.cp=2", "stage.0.seq_length=34", "stage.0.tokens_per_step=34"]
+    changes += ["stage.0.tokens=34", "stage.0.mixture.1.piece_length=0"]
+    load_config(run_file, changes)
+    with pytest.raises(ConfigError, match="must be divisible by 4: 4 chunks of the zigzag"):
+        load_config(run_file, [*changes, "parallel.cp_layout=zigzag"])
 
 
 def test_validation_needs_held_out_documents(run_file: Path) -> None:

@@ -43,7 +43,8 @@ class MicroBatchBuilder:
         scaling = config.model.rope_scaling
         self._scaling = scaling.model_dump() if scaling else None
         self._head_size = config.model.head_size
-        self._layout = config.parallel.cp_layout
+        # One rank holds a row whole, whatever its length.
+        self._layout = config.parallel.cp_layout if mesh.cp_size > 1 else "contiguous"
         self._mesh = mesh
         self._rope_base = rope_base
         self._document_mask = document_mask

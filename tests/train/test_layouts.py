@@ -17,6 +17,7 @@ TWO_RANKS = {
     "dp2": {},
     "tp2": {"parallel__tp": 2},
     "cp2": {"parallel__cp": 2},
+    "cp2 zigzag": {"parallel__cp": 2, "parallel__cp_layout": "zigzag"},
     "cp2 contiguous": {"parallel__cp": 2, "parallel__cp_layout": "contiguous"},
     "pp2": {"parallel__pp": 2},
     "cp2 recompute": {"parallel__cp": 2, "train__recompute": "full"},
@@ -29,6 +30,7 @@ FOUR_RANKS = {
     "tp2 pp2": {"parallel__tp": 2, "parallel__pp": 2},
     "tp2 pp2 tied": {"parallel__tp": 2, "parallel__pp": 2, "model__tie_embeddings": True},
     "cp4": {"parallel__cp": 4},
+    "cp4 zigzag": {"parallel__cp": 4, "parallel__cp_layout": "zigzag"},
 }
 ONE_RANK = {
     "plain": {},
