@@ -1,5 +1,6 @@
 """Rotary position embedding (RoPE)."""
 
-from .ops import apply_rope, build_rope_table
+from .ops import apply_rope, apply_rope_to_qkv
+from .tables import SCALING_KEYS, build_rope_table, scale_base_ntk
 
-__all__ = ["apply_rope", "build_rope_table"]
+__all__ = ["SCALING_KEYS", "apply_rope", "apply_rope_to_qkv", "build_rope_table", "scale_base_ntk"]

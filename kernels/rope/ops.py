@@ -1,129 +1,188 @@
-"""Rotary position embedding: table and rotation.
+"""Rotary position embedding: the rotation, of one tensor or in place on packed qkv.
 
-Letters: T tokens, N heads, H head size. The pairing is "rotate half": element i turns with
-element i + H/2, as in Hugging Face's Llama, so its weights need no permutation.
+Letters: T tokens, N query heads, K kv heads, G = N / K, H head size. The pairing is "rotate half":
+element i turns with element i + H/2, as in Hugging Face's Llama, so its weights need no
+permutation.
 """
-
-import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 
+from ..backend import AUTO, Candidate, choose, triton_candidate
 from .reference import rotate_reference
 
-__all__ = ["apply_rope", "build_rope_table"]
+__all__ = ["apply_rope", "apply_rope_to_qkv"]
 
-_SCALING_KEYS = {
-    "linear": {"type", "factor"},
-    "llama3": {"type", "factor", "low_freq_factor", "high_freq_factor", "original_length"},
-}
-
-
-def build_rope_table(
-    positions: torch.Tensor,
-    head_dim: int,
-    base: float,
-    scaling: Mapping[str, Any] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Build the cosines and sines of the rotation angles.
-
-    The angles are computed in fp64: in fp32 the angle of position 500,000 is off by up to
-    0.03 rad.
-
-    Args:
-        positions: int64 [T], position of each token in its document.
-        head_dim: H, even.
-        base: the base of the geometric series of wavelengths ("theta"), > 1.
-        scaling: None, {"type": "linear", "factor"} (positions divided by factor,
-            arXiv 2306.15595), or {"type": "llama3", "factor", "low_freq_factor",
-            "high_freq_factor", "original_length"} (Llama 3.1: long wavelengths divided by factor,
-            short ones kept, a linear blend between).
-
-    Returns:
-        (cos, sin), each fp32 [T, H/2] on the device of positions.
-
-    Raises:
-        ValueError: wrong dtype or shape of positions, odd head_dim, base <= 1, unknown scaling.
-    """
-    if positions.dtype != torch.int64 or positions.dim() != 1:
-        raise ValueError(
-            f"rope: positions must be int64 of one dim, got {positions.dtype} "
-            f"{list(positions.shape)}; use positions.long().flatten()"
-        )
-    if head_dim <= 0 or head_dim % 2:
-        raise ValueError(f"rope: head_dim must be even and positive, got {head_dim}")
-    if not base > 1.0:
-        raise ValueError(f"rope: base must be greater than 1, got {base}; Llama 3 uses 500000")
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)
-    frequencies = base ** (-exponents / head_dim)  # radians per token, [H/2]
-    if scaling is not None:
-        frequencies = _scale_frequencies(frequencies, scaling)
-    angles = positions.to(torch.float64)[:, None] * frequencies
-    return angles.cos().float(), angles.sin().float()
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_HEAD_DIM = 512  # a Triton tile holds whole heads
+_CANDIDATES = (
+    triton_candidate(*_FLOATS),
+    Candidate("reference", ("cpu", "cuda"), (*_FLOATS, torch.float64)),
+)
 
 
-def _scale_frequencies(frequencies: torch.Tensor, scaling: Mapping[str, Any]) -> torch.Tensor:
-    kind = scaling.get("type")
-    if kind not in _SCALING_KEYS:
-        raise ValueError(
-            f"rope: scaling type {kind!r} is unknown; use one of {', '.join(_SCALING_KEYS)}"
-        )
-    if set(scaling) != _SCALING_KEYS[kind]:
-        raise ValueError(
-            f"rope: scaling of type {kind!r} takes exactly the keys "
-            f"{sorted(_SCALING_KEYS[kind])}, got {sorted(scaling)}"
-        )
-    factor = float(scaling["factor"])
-    if not factor >= 1.0:
-        raise ValueError(f"rope: scaling factor must be at least 1, got {factor}")
-    if kind == "linear":
-        return frequencies / factor
-    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
-    if not 0.0 < low < high:
-        raise ValueError(
-            f"rope: scaling needs 0 < low_freq_factor < high_freq_factor, got {low} and {high}"
-        )
-    # Turns a frequency makes over the original context: fewer than `low` are interpolated in full,
-    # more than `high` are kept, those between blend linearly in the number of turns.
-    turns = scaling["original_length"] * frequencies / (2.0 * math.pi)
-    kept_share = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return frequencies * (kept_share + (1.0 - kept_share) / factor)
+def _rotate(
+    chosen: str,
+    x_TKPH: torch.Tensor,
+    out_TKPH: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    num_rotated: int,
+    is_inverse: bool = False,
+) -> None:
+    """Write x into out (which may be x), the first `num_rotated` heads of each group turned."""
+    if chosen == "triton":
+        from .triton_impl import rotate_triton
+
+        rotate_triton(x_TKPH, out_TKPH, cos, sin, num_rotated, is_inverse)
+        return
+    turned = rotate_reference(x_TKPH[:, :, :num_rotated], cos, -sin if is_inverse else sin)
+    out_TKPH[:, :, :num_rotated] = turned
+    if out_TKPH.data_ptr() != x_TKPH.data_ptr():
+        out_TKPH[:, :, num_rotated:] = x_TKPH[:, :, num_rotated:]
 
 
 class _RopeFunction(torch.autograd.Function):
     """The rotation; its gradient is the inverse rotation, so only the table is saved."""
 
     @staticmethod
-    def forward(ctx, x_TNH, cos, sin):
+    def forward(ctx, x_TNH, cos, sin, chosen):
         ctx.save_for_backward(cos, sin)
-        return rotate_reference(x_TNH, cos, sin)
+        ctx.chosen = chosen
+        return _RopeFunction._turn(chosen, x_TNH, cos, sin, is_inverse=False)
 
     @staticmethod
     def backward(ctx, dout_TNH):
         cos, sin = ctx.saved_tensors
-        return rotate_reference(dout_TNH, cos, -sin), None, None
+        dx_TNH = _RopeFunction._turn(ctx.chosen, dout_TNH, cos, sin, is_inverse=True)
+        return dx_TNH, None, None, None
+
+    @staticmethod
+    def _turn(chosen, x_TNH, cos, sin, is_inverse):
+        if chosen == "reference":
+            return rotate_reference(x_TNH, cos, -sin if is_inverse else sin)
+        if x_TNH.stride(-1) != 1:
+            x_TNH = x_TNH.contiguous()
+        out_TNH = torch.empty(x_TNH.shape, dtype=x_TNH.dtype, device=x_TNH.device)
+        groups = (x_TNH.unsqueeze(1), out_TNH.unsqueeze(1))
+        _rotate(chosen, *groups, cos, sin, x_TNH.shape[1], is_inverse)
+        return out_TNH
 
 
-def apply_rope(x_TNH: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+class _PackedRopeFunction(torch.autograd.Function):
+    """The rotation of q and k in place on packed qkv; the gradient goes to a tensor of its own.
+
+    Autograd may hand one gradient tensor to several functions, so it is never written to.
+    """
+
+    @staticmethod
+    def forward(ctx, qkv, cos, sin, heads_shape, chosen):
+        ctx.save_for_backward(cos, sin)
+        ctx.heads_shape, ctx.chosen = heads_shape, chosen
+        heads = qkv.view(cos.shape[0], *heads_shape)
+        _rotate(chosen, heads, heads, cos, sin, heads_shape[1] - 1)
+        ctx.mark_dirty(qkv)
+        return qkv
+
+    @staticmethod
+    def backward(ctx, dout):
+        cos, sin = ctx.saved_tensors
+        dout = dout.contiguous()
+        dqkv = torch.empty_like(dout)
+        heads = (x.view(cos.shape[0], *ctx.heads_shape) for x in (dout, dqkv))
+        _rotate(ctx.chosen, *heads, cos, sin, ctx.heads_shape[1] - 1, is_inverse=True)
+        return dqkv, None, None, None, None
+
+
+def apply_rope(
+    x_TNH: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, implementation: str = AUTO
+) -> torch.Tensor:
     """Rotate queries or keys.
 
     Args:
         x_TNH: [T, N, H], any floating dtype, any strides.
         cos, sin: [T, H/2] from `build_rope_table`.
+        implementation: "auto", "triton" or "reference".
 
     Returns:
         [T, N, H] in x's dtype; the arithmetic is in fp32 or wider.
 
     Raises:
-        ValueError: the shapes do not belong together.
+        ValueError: the shapes or devices do not belong together, the table wants a gradient, or
+            the implementation asked for cannot serve them.
     """
     if x_TNH.dim() != 3 or x_TNH.shape[-1] % 2:
         raise ValueError(f"rope: x must be [T, N, H] with even H, got {list(x_TNH.shape)}")
-    table_shape = (x_TNH.shape[0], x_TNH.shape[2] // 2)
-    if cos.shape != table_shape or sin.shape != table_shape:
+    _check_table(x_TNH, x_TNH.shape[-1], cos, sin)
+    chosen = _choose(implementation, x_TNH, cos, sin)
+    return _RopeFunction.apply(x_TNH, cos, sin, chosen)
+
+
+def apply_rope_to_qkv(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    heads_shape: tuple[int, int, int] | None = None,
+    implementation: str = AUTO,
+) -> torch.Tensor:
+    """Rotate the query and key heads of a packed projection in place, in one launch.
+
+    Per kv head the projection holds G query heads, a key head and a value head, which stays. Do it
+    before the heads are split: autograd refuses to modify one of several views in place.
+
+    Args:
+        qkv: [T, K, G + 2, H], contiguous; overwritten. With `heads_shape`: any contiguous tensor of
+            those elements in that order, such as the projection's own output [T, 1, K (G + 2) H].
+            Prefer that: for a view that is modified in place autograd copies the gradient twice.
+        cos, sin: [T, H/2] from `build_rope_table`.
+        heads_shape: (K, G + 2, H); None: the shape of qkv says it.
+        implementation: "auto", "triton" or "reference".
+
+    Returns:
+        qkv itself.
+
+    Raises:
+        ValueError: as `apply_rope`, and if qkv is not contiguous.
+    """
+    shape = tuple(qkv.shape[1:]) if heads_shape is None else tuple(heads_shape)
+    num_tokens = qkv.shape[0] if qkv.dim() else 0
+    if len(shape) != 3 or shape[1] < 3 or shape[2] % 2 or not qkv.is_contiguous():
         raise ValueError(
-            f"rope: cos and sin must be {list(table_shape)} for x {list(x_TNH.shape)}, got "
+            f"rope: qkv must be contiguous [T, K, G + 2, H] with even H, got {list(qkv.shape)} of "
+            f"strides {list(qkv.stride())}, heads {list(shape)}; rotate before splitting the heads"
+        )
+    if qkv.numel() != num_tokens * shape[0] * shape[1] * shape[2]:
+        raise ValueError(
+            f"rope: qkv {list(qkv.shape)} does not hold [{num_tokens}, *{list(shape)}]; "
+            "heads_shape is (K, G + 2, H)"
+        )
+    _check_table(qkv, shape[2], cos, sin)
+    chosen = _choose(implementation, qkv, cos, sin, shape[2])
+    return _PackedRopeFunction.apply(qkv, cos, sin, shape, chosen)
+
+
+def _choose(
+    wish: str, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_dim: int | None = None
+) -> str:
+    head_dim = head_dim or x.shape[-1]
+    refusal = ""
+    if cos.dtype != torch.float32 or not (cos.is_contiguous() and sin.is_contiguous()):
+        refusal = f"needs a contiguous float32 table, this one is {cos.dtype}"
+    elif head_dim > _MAX_HEAD_DIM:
+        refusal = f"takes heads of up to {_MAX_HEAD_DIM}, these have {head_dim}"
+    return choose("rope", wish, x.device, x.dtype, _CANDIDATES, {"triton": refusal})
+
+
+def _check_table(x: torch.Tensor, head_dim: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    table_shape = (x.shape[0], head_dim // 2)
+    if cos.shape != table_shape or sin.shape != table_shape or cos.dtype != sin.dtype:
+        raise ValueError(
+            f"rope: cos and sin must be {list(table_shape)} for x {list(x.shape)}, got "
             f"{list(cos.shape)} and {list(sin.shape)}; build the table from this shard's positions"
         )
-    return _RopeFunction.apply(x_TNH, cos, sin)
+    if not x.device == cos.device == sin.device:
+        raise ValueError(
+            f"rope: x is on {x.device}, the table on {cos.device} and {sin.device}; "
+            "move the table once per micro-batch"
+        )
+    if cos.requires_grad or sin.requires_grad:
+        raise ValueError("rope: the table has no gradient here; detach cos and sin")
