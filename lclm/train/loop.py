@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -169,9 +170,12 @@ class Run:
         data_seconds: float,
     ) -> dict[str, Any]:
         stage = self.config.stage[number]
-        whole = [torch.tensor([stage.seq_length]).numpy()]
-        lengths = [row.doc_lengths for row in rows] if stage.document_mask else whole * len(rows)
-        flops = sum(row_flops(self.config.model, lens) for lens in lengths) / seconds
+        row_as_one = np.array([stage.seq_length])
+        flops = sum(
+            row_flops(self.config.model, row.doc_lengths if stage.document_mask else row_as_one)
+            for row in rows
+        )
+        flops_per_second = flops / seconds
         record: dict[str, Any] = {
             "step": self.step,
             "stage": stage.name,
@@ -185,7 +189,7 @@ class Run:
             "seconds": seconds,
             "data_seconds": data_seconds,
             "tokens_per_second": stage.tokens_per_step / seconds,
-            "tflops_per_second": flops / 1e12,
+            "tflops_per_second": flops_per_second / 1e12,
             "domain_loss": {
                 name: total / count for name, (total, count) in result.domain_losses.items()
             },
@@ -194,7 +198,7 @@ class Run:
             record["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
             peak = peak_flops(torch.cuda.get_device_name())
             if peak is not None:
-                record["mfu"] = flops / (peak * self.mesh.world_size)
+                record["mfu"] = flops_per_second / (peak * self.mesh.world_size)
         return record
 
     def _maybe_validate(self, number: int, build: MicroBatchBuilder, is_last: bool) -> None:
