@@ -22,17 +22,17 @@ prepare_tiny_data() {
   echo "preparing $target (once)" >&2
   rm -rf "$work" && mkdir -p "$work"
   trap 'rm -rf "$work"' EXIT
-  local quiet=("$work/log")
+  # One chain: a step that fails stops the rest, and the log says why.
   {
     python "$root/examples/quickstart/make_corpus.py" --output "$work/text" --lengths 512 4096 \
-      --recall-tokens 8192 --max-characters 2000000
+      --recall-tokens 8192 --max-characters 2000000 &&
     python "$root/tools/train_tokenizer.py" --vocab-size 2048 --output "$work/tokenizer" \
-      --group-by repo --input "$work/text/code" "$work/text/prose.jsonl"
+      --group-by repo --input "$work/text/code" "$work/text/prose.jsonl" &&
     python "$root/tools/preprocess_data.py" --input "$work/text/code" --group-by repo \
-      --output-prefix "$work/code" --tokenizer "$work/tokenizer" --append-eod
+      --output-prefix "$work/code" --tokenizer "$work/tokenizer" --append-eod &&
     python "$root/tools/preprocess_data.py" --input "$work/text/prose.jsonl" \
       --output-prefix "$work/prose" --tokenizer "$work/tokenizer" --append-eod
-  } >"${quiet[0]}" 2>&1 || { cat "${quiet[0]}" >&2; exit 2; }
+  } >"$work/log" 2>&1 || { cat "$work/log" >&2; exit 2; }
   mv "$work" "$target"
   trap - EXIT
 }
