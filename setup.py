@@ -21,7 +21,11 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
+# What preprocessing is faster with, or reads more kinds of file with; never needed to train.
+DATA_REQUIREMENTS = ["gigatoken", "orjson", "zstandard", "pyarrow", "jinja2"]
+
 TEST_REQUIREMENTS = [
+    *DATA_REQUIREMENTS,
     "pytest>=8",
     "pytest-timeout",
     "hypothesis",
@@ -108,6 +112,7 @@ setup(
     extras_require={
         # what the quickstart's report and its check of the exported model need
         "report": ["matplotlib", "transformers>=4.46"],
+        "data": DATA_REQUIREMENTS,
         # what tests/run.sh needs beside a CUDA build of torch
         "test": TEST_REQUIREMENTS,
         # the same on a CPU build of torch, which brings no Triton: 3.6.0 is the newest whose

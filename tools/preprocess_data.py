@@ -4,6 +4,7 @@
 import argparse
 import logging
 import os
+import re
 import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -17,10 +18,12 @@ LOG = logging.getLogger("lclm.tools")
 
 DETAILS = """
 input
-  .jsonl, .ndjson, .json       one JSON object per line, the text under --json-keys; also .jsonl.gz
+  .jsonl, .ndjson, .json       one JSON object per line, the text under --json-keys; also compressed
+                               as .jsonl.gz, and .jsonl.zst with the package zstandard
+  .parquet                     one document per row, columns named by --json-keys (package pyarrow)
   any other file               one document (UTF-8)
   folder                       the files below it in path order, names starting with a dot left out:
-                               .jsonl and .ndjson as above, any other file one document; files that
+                               .jsonl and .parquet as above, any other file one document; files that
                                are not text are counted and left out
   folder, --group-by repo      source code: each first-level subfolder is a repository, whose files
                                joined in path order are one document (ProLong, arXiv 2410.02660)
@@ -30,12 +33,17 @@ tokenizer (told by content, not by name)
   a Hugging Face tokenizer.json or a folder with one; a tiktoken rank file (Llama 3's
   tokenizer.model); a SentencePiece model (Llama 2's tokenizer.model).
   Text that spells a special token, such as <|end_of_text|>, stays text.
+  The package gigatoken encodes tens of times faster. It is used where it is installed and gives the
+  ids of the ordinary library on test texts and on the first documents; the log says which runs.
 
 output
   The format of Megatron-LM, byte for byte what its own tool writes with --append-eod; a document
   without text has no tokens and is counted. <prefix>.json records tokenizer, sources, options,
   tokens, documents and a histogram of document lengths. The output does not depend on --workers,
-  and on an error nothing is written.
+  and on an error nothing is written. Work lies in <prefix>.unfinished meanwhile: after a kill the
+  same command goes on where it stopped.
+  --shard 3/16 does the third of sixteen parts, on any machine; tools/merge_data.py joins the
+  sixteen prefixes to what one run would have written.
 
 examples
   python tools/preprocess_data.py --input books/*.jsonl.gz --output-prefix data/books \\
@@ -74,6 +82,21 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="KEY",
         help="keys that hold text (default: text); several keys write <prefix>_<key> each",
     )
+    add("--min-tokens", type=int, default=0, metavar="N", help="leave out shorter documents")
+    add(
+        "--max-tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave out longer documents (0: none); both count the text's tokens alone",
+    )
+    add("--shard", default="1/1", metavar="I/N", help="do part I of N, from 1 to N (default: 1/1)")
+    add(
+        "--tokenizer-library",
+        choices=("auto", "gigatoken", "standard"),
+        default="auto",
+        help="what encodes; auto: gigatoken where it gives the same ids (default: auto)",
+    )
     add("--group-by", choices=("file", "repo"), help="folders hold source code, see below")
     add(
         "--domain", default="", metavar="NAME", help="name in metrics (default: prefix's last part)"
@@ -88,6 +111,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse_shard(text: str) -> tuple[int, int]:
+    """ "3/16" as (2, 16); ValueError for anything else."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    number, count = (int(part) for part in match.groups()) if match else (0, 0)
+    if not 1 <= number <= count:
+        raise ValueError(f"--shard {text}: give I/N with I from 1 to N, for example 3/16")
+    return number - 1, count
+
+
 def run(arguments: argparse.Namespace) -> EncodeSummary:
     """Do what the command line asks for; ValueError for bad input."""
     tokenizer = load_tokenizer(arguments.tokenizer)
@@ -98,6 +130,10 @@ def run(arguments: argparse.Namespace) -> EncodeSummary:
         prepend_bos=arguments.prepend_bos,
         on_error=arguments.on_error,
         num_workers=arguments.workers,
+        min_tokens=arguments.min_tokens,
+        max_tokens=arguments.max_tokens,
+        library=arguments.tokenizer_library,
+        shard=parse_shard(arguments.shard),
     )
     if arguments.group_by and not any(source.is_folder for source in sources):
         raise ValueError(
@@ -121,8 +157,8 @@ def main(command_line: list[str] | None = None) -> int:
         return 2
     except BrokenProcessPool:
         print(
-            "preprocess_data: error: a worker process died, most often because memory ran out; "
-            "nothing was written: use fewer --workers",
+            "preprocess_data: error: a worker process died, most often because memory ran out; the "
+            "same command with fewer --workers goes on where this one stopped",
             file=sys.stderr,
         )
         return 1
@@ -135,6 +171,12 @@ def main(command_line: list[str] | None = None) -> int:
             summary.num_skipped,
             summary.num_binary,
             "; ".join(summary.named),
+        )
+    if summary.num_short or summary.num_long:
+        LOG.info(
+            "left out: %d documents of fewer than --min-tokens, %d of more than --max-tokens",
+            summary.num_short,
+            summary.num_long,
         )
     LOG.info(
         "%s: %d documents, %d tokens, %d empty documents",

@@ -1,47 +1,48 @@
 """Text files to indexed token files, with worker processes.
 
-Each worker encodes units of input and appends the tokens to a shard of its own; only lengths and a
-place in the shard travel back. The parent takes results in input order and copies the tokens from
-the shards into `<prefix>.bin`, so the output does not depend on the number of workers.
+Each worker turns units of input into part files of its own, arrays written as they come from the
+tokenizer; the parent joins the parts in input order. So the output does not depend on the number of
+workers, memory does not depend on the size of the input, and a run that was killed goes on from the
+parts that are complete.
 """
 
 import concurrent.futures
-import contextlib
+import hashlib
+import itertools
+import json
 import logging
 import multiprocessing
 import os
-import shutil
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Literal
 
 import numpy as np
 
-from lclm.data.indexed import IndexedWriter, dtype_for_vocab
+from lclm.data.documents import read_unit
+from lclm.data.encode_worker import (
+    EncodeOptions,
+    Part,
+    Worker,
+    WorkerState,
+    encode_in_worker,
+    start_worker,
+)
+from lclm.data.fast import choose_library
+from lclm.data.indexed import adopt_tokens, dtype_for_vocab
 from lclm.data.progress import Progress
-from lclm.data.readers import BLOCK_BYTES, Problem, Source, Unit, iterate_units, read_unit
-from lclm.data.tokenizer import Tokenizer, load_tokenizer
+from lclm.data.readers import BLOCK_BYTES, PARQUET, Source, Unit, iterate_units
+from lclm.data.tokenizer import Tokenizer
+from lclm.data.unfinished import State, Unfinished
 
 __all__ = ["EncodeOptions", "EncodeSummary", "encode_sources"]
 
-BATCH_CHARS = 1 << 20  # characters handed to the tokenizer at once, unless one text is longer
-BATCH_TEXTS = 1024
 UNITS_AHEAD = 3  # per worker, handed out before the oldest result is needed
 NUM_NAMED = 5  # problems named in full
+SAMPLE_UNITS = 4  # of which documents are taken to compare tokenizer libraries
+SAMPLE_TEXTS = 8  # of each
 _LOG = logging.getLogger("lclm.data")
-
-
-@dataclass(frozen=True)
-class EncodeOptions:
-    """How documents become tokens."""
-
-    json_keys: tuple[str, ...] = ("text",)
-    append_eod: bool = False
-    prepend_bos: bool = False
-    on_error: Literal["stop", "skip"] = "stop"
-    num_workers: int = 1
 
 
 @dataclass
@@ -54,89 +55,9 @@ class EncodeSummary:
     num_tokens: int = 0  # over all keys
     num_skipped: int = 0  # lines and files left out because of --on-error skip
     num_binary: int = 0  # files of folders that are not text
-    named: list[str] = field(default_factory=list)  # the first of both
-
-
-@dataclass(frozen=True)
-class _UnitResult:
-    num_lines: int
-    lengths: list[np.ndarray]  # per key: int32, tokens of each document
-    shard: str  # path without the key's number
-    starts: list[int]  # per key: first byte in the shard
-    problems: list[Problem]
-
-
-class _Worker:
-    """State of one worker process: tokenizer and open shards."""
-
-    def __init__(self, tokenizer_path: str, options: EncodeOptions, folder: str) -> None:
-        self.tokenizer = load_tokenizer(tokenizer_path)
-        self.options = options
-        self.dtype = dtype_for_vocab(self.tokenizer.vocab_size)
-        self.shard = os.path.join(folder, f"shard-{os.getpid()}")
-        self.files: list[BinaryIO] = [
-            open(f"{self.shard}-{key}", "wb")  # noqa: SIM115  open as long as the process
-            for key in range(len(options.json_keys))
-        ]
-
-    def encode(self, unit: Unit) -> _UnitResult:
-        """Encode one unit into the shards."""
-        keys = range(len(self.files))
-        starts = [file.tell() for file in self.files]
-        lengths: list[list[int]] = [[] for _ in keys]
-        problems: list[Problem] = []
-        num_lines = num_chars = 0
-        batch: list[tuple[str, ...]] = []
-        for item in read_unit(unit, self.options.json_keys):
-            num_lines += 1
-            if isinstance(item, Problem):
-                problems.append(item)
-                if self.options.on_error == "stop" and not item.is_binary:
-                    break
-            elif item is not None:
-                batch.append(item)
-                num_chars += sum(len(text) for text in item)
-            if num_chars >= BATCH_CHARS or len(batch) >= BATCH_TEXTS:
-                self._write(batch, lengths)
-                batch, num_chars = [], 0
-        self._write(batch, lengths)
-        for file in self.files:
-            file.flush()
-        arrays = [np.array(key_lengths, np.int32) for key_lengths in lengths]
-        return _UnitResult(num_lines, arrays, self.shard, starts, problems)
-
-    def close(self) -> None:
-        """Close the shards; a process of the pool leaves that to its end."""
-        for file in self.files:
-            file.close()
-
-    def _write(self, batch: list[tuple[str, ...]], lengths: list[list[int]]) -> None:
-        if not batch:
-            return
-        for key, file in enumerate(self.files):
-            for ids in self.tokenizer.encode_batch([texts[key] for texts in batch]):
-                # Megatron's rule: a document without tokens gets no end-of-document token either
-                if ids and self.options.prepend_bos:
-                    ids.insert(0, self.tokenizer.bos_id)  # type: ignore[arg-type]  # was checked
-                if ids and self.options.append_eod:
-                    ids.append(self.tokenizer.eod_id)  # type: ignore[arg-type]
-                file.write(np.array(ids, self.dtype).tobytes())
-                lengths[key].append(len(ids))
-
-
-_worker: _Worker | None = None  # of this process, when it is one of the pool
-
-
-def _start_worker(tokenizer_path: str, options: EncodeOptions, folder: str) -> None:
-    global _worker
-    # one process per core is the parallelism; threads inside each would only compete
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = _Worker(tokenizer_path, options, folder)
-
-
-def _encode_in_worker(unit: Unit) -> _UnitResult:
-    assert _worker is not None, "the pool's initializer ran"
-    return _worker.encode(unit)
+    num_short: int = 0  # documents left out by min_tokens
+    num_long: int = 0  # and by max_tokens
+    named: list[str] = field(default_factory=list)  # the first skipped lines and binary files
 
 
 def encode_sources(
@@ -150,6 +71,9 @@ def encode_sources(
 ) -> EncodeSummary:
     """Encode sources into `<output_prefix>.bin/.idx/.json`, or one such set per key.
 
+    Work lies in `<output_prefix>.unfinished` until it is complete. A ValueError or OSError removes
+    it; a kill, an interrupt or a dead worker leaves it, and the same call goes on from there.
+
     Args:
         sources: from `find_sources`.
         tokenizer: its file is loaded again by every worker.
@@ -161,85 +85,99 @@ def encode_sources(
 
     Raises:
         ValueError: a token asked for does not exist, on_error is "stop" and a line or file is bad,
-            or there is no document at all. Nothing is written then.
+            or there is no document at all.
         concurrent.futures.process.BrokenProcessPool: a worker died.
     """
-    _check_options(tokenizer, options)
+    check_options(tokenizer, options)
     keys = options.json_keys
     prefixes = [output_prefix] if len(keys) == 1 else [f"{output_prefix}_{key}" for key in keys]
-    summary = EncodeSummary(prefixes)
-    folder = Path(f"{output_prefix}.tmp-{os.getpid()}")
-    folder.mkdir(parents=True)
-    documents_of: Counter[int] = Counter()
-    try:
-        with contextlib.ExitStack() as stack:
-            writers = [
-                stack.enter_context(IndexedWriter(prefix, tokenizer.vocab_size))
-                for prefix in prefixes
-            ]
-            results = _encode_units(sources, tokenizer, options, str(folder), block_bytes)
-            label = Path(output_prefix).name
-            total_bytes = sum(source.num_bytes for source in sources)
-            progress = stack.enter_context(Progress(label, total_bytes))
-            lines_before: Counter[tuple[int, Path | None]] = Counter()
-            for unit, result in results:
-                at = (unit.source, unit.path)
-                _note_problems(summary, result, lines_before[at], options.on_error)
-                lines_before[at] += result.num_lines
-                for number, writer in enumerate(writers):
-                    _copy(writer, result, number)
-                lengths = result.lengths[0]
-                documents_of[unit.source] += int(np.count_nonzero(lengths))
-                summary.num_empty += int(np.count_nonzero(lengths == 0))
-                summary.num_tokens += sum(int(item.sum()) for item in result.lengths)
-                summary.num_documents = documents_of.total()
-                progress.add(
-                    unit.num_bytes, f"{summary.num_documents} docs, {summary.num_tokens} tokens"
-                )
-            if summary.num_tokens == 0:
-                raise ValueError(
-                    f"input {', '.join(str(source.path) for source in sources)}: gives no tokens "
-                    f"({summary.num_empty} empty documents, {summary.num_skipped} lines or files "
-                    f"skipped, {summary.num_binary} files that are not text); nothing was written"
-                )
-            for key, prefix, writer in zip(keys, prefixes, writers):
-                writer.metadata = {
+    described = _describe_options(options, group_by)
+    inputs = _hash_inputs(sources, tokenizer, described | {"block": block_bytes})
+    with Unfinished(output_prefix, inputs, len(keys), len(sources)) as work:
+        if work.was_discarded:
+            _LOG.warning("%s: held work on other inputs or options; started anew", work.folder)
+        if work.has_resumed:
+            _LOG.info("%s: going on after %d parts", work.folder, work.state.parts)
+        try:
+            _join_parts(sources, tokenizer, options, work, block_bytes)
+            _check_result(sources, options, work.state)
+            work.state.is_complete = True
+            work.save()
+            for number, prefix in enumerate(prefixes):
+                metadata = {
                     "format": 1,
                     "domain": domain or Path(prefix).name,
                     "tokenizer": tokenizer.describe(),
-                    "sources": _describe_sources(sources, documents_of),
-                    "options": _describe_options(options, key, group_by),
-                    "skipped": summary.num_skipped,
-                    "binary_files": summary.num_binary,
+                    "sources": _describe_sources(sources, work.state.documents),
+                    "options": {"json_key": keys[number]} | described,
+                    "skipped": work.state.skipped,
+                    "binary_files": work.state.binary,
+                    "short_documents": work.state.short,
+                    "long_documents": work.state.long,
                 }
-    finally:
-        shutil.rmtree(folder)
-    return summary
+                lengths = work.lengths(number)
+                adopt_tokens(prefix, work.tokens(number), lengths, tokenizer.vocab_size, metadata)
+        except (ValueError, OSError):
+            work.remove()
+            raise
+        work.remove()
+        return _summarize(prefixes, work.state)
+
+
+def _summarize(prefixes: list[str], state: State) -> EncodeSummary:
+    return EncodeSummary(
+        prefixes,
+        sum(state.documents),
+        state.empty,
+        state.tokens,
+        state.skipped,
+        state.binary,
+        state.short,
+        state.long,
+        state.named,
+    )
+
+
+def _hash_inputs(
+    sources: Sequence[Source], tokenizer: Tokenizer, described: dict[str, object]
+) -> str:
+    """SHA-256 of all that decides the output: files by path, size and time of change."""
+    digest = hashlib.sha256(tokenizer.sha256.encode())
+    digest.update(json.dumps(described).encode())
+    for source in sources:
+        for path in itertools.chain(source.line_files, *source.documents):
+            status = path.stat()
+            at = [str(path.absolute()), status.st_size, status.st_mtime_ns]
+            digest.update(json.dumps(at).encode())
+    return digest.hexdigest()
 
 
 def _describe_sources(
-    sources: Sequence[Source], documents_of: Counter[int]
+    sources: Sequence[Source], documents: list[int]
 ) -> list[dict[str, str | int]]:
     return [
-        {"path": str(source.path), "bytes": source.num_bytes, "documents": documents_of[number]}
-        for number, source in enumerate(sources)
+        {"path": str(source.path), "bytes": source.num_bytes, "documents": count}
+        for source, count in zip(sources, documents)
     ]
 
 
-def _describe_options(
-    options: EncodeOptions, key: str, group_by: str | None
-) -> dict[str, str | bool | None]:
-    """Whatever changes the output; the number of workers does not."""
-    return {
-        "json_key": key,
+def _describe_options(options: EncodeOptions, group_by: str | None) -> dict[str, object]:
+    """Whatever changes the output; the number of workers and the library do not."""
+    described: dict[str, object] = {
         "append_eod": options.append_eod,
         "prepend_bos": options.prepend_bos,
         "group_by": group_by,
         "on_error": options.on_error,
+        "min_tokens": options.min_tokens,
+        "max_tokens": options.max_tokens,
     }
+    if options.shard[1] > 1:
+        described["shard"] = list(options.shard)
+    return described
 
 
-def _check_options(tokenizer: Tokenizer, options: EncodeOptions) -> None:
+def check_options(tokenizer: Tokenizer, options: EncodeOptions) -> None:
+    """Refuse options that cannot be met; ValueError says which and why."""
     for is_wanted, token, name in (
         (options.append_eod, tokenizer.eod_id, "end-of-document token (eos_token)"),
         (options.prepend_bos, tokenizer.bos_id, "beginning-of-text token (bos_token)"),
@@ -253,67 +191,153 @@ def _check_options(tokenizer: Tokenizer, options: EncodeOptions) -> None:
         raise ValueError(f"--json-keys {options.json_keys}: give at least one key, each once")
     if options.num_workers < 1:
         raise ValueError(f"--workers {options.num_workers}: must be at least 1")
+    low, high = options.min_tokens, options.max_tokens
+    if low < 0 or high < 0 or (high and low > high):
+        raise ValueError(
+            f"--min-tokens {low} --max-tokens {high}: neither may be negative, nor the first above "
+            "the second; --max-tokens 0 sets no limit"
+        )
+
+
+def _check_result(sources: Sequence[Source], options: EncodeOptions, state: State) -> None:
+    if state.tokens == 0 and options.shard[1] == 1:
+        raise ValueError(
+            f"input {', '.join(str(source.path) for source in sources)}: gives no tokens "
+            f"({state.empty} empty documents, {state.skipped} lines or files skipped, "
+            f"{state.binary} files that are not text, {state.short + state.long} documents shorter "
+            "or longer than asked for); nothing was written"
+        )
+
+
+def _join_parts(
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    options: EncodeOptions,
+    work: Unfinished,
+    block_bytes: int,
+) -> None:
+    """Encode what is not done and join everything in input order."""
+    state = work.state
+    if state.is_complete:
+        return
+    total_bytes = sum(source.num_bytes for source in sources) // options.shard[1]
+    label = Path(work.folder).stem
+    with Progress(label, total_bytes, state.bytes_read) as progress:
+        for number, unit in _encode_units(sources, tokenizer, options, work, block_bytes):
+            part, lengths = work.join(number)
+            at = [str(unit.source), str(unit.path)]
+            state.lines = state.lines if state.file == at else 0
+            state.file = at
+            _note_problems(state, part, options.on_error)
+            state.lines += part.num_lines
+            state.documents[unit.source] += int(np.count_nonzero(lengths[0]))
+            state.empty += int(np.count_nonzero(lengths[0] == 0))
+            state.tokens += sum(int(item.sum(dtype=np.int64)) for item in lengths)
+            state.short += part.num_short
+            state.long += part.num_long
+            state.bytes_read += unit.num_bytes
+            state.parts = number + 1
+            work.save()
+            work.remove_part(number)
+            progress.add(unit.num_bytes, f"{sum(state.documents)} docs, {state.tokens} tokens")
 
 
 def _encode_units(
     sources: Sequence[Source],
     tokenizer: Tokenizer,
     options: EncodeOptions,
-    folder: str,
+    work: Unfinished,
     block_bytes: int,
-) -> Iterator[tuple[Unit, _UnitResult]]:
-    """Units and results in input order, from worker processes when more than one is of use."""
-    units = iterate_units(sources, block_bytes)
+) -> Iterator[tuple[int, Unit]]:
+    """Units, in input order, whose parts are complete; by worker processes when several help."""
+    numbered = enumerate(iterate_units(sources, block_bytes, options.shard))
+    units = ((number, unit) for number, unit in numbered if number >= work.state.parts)
+    first = next(units, None)
+    if first is None:
+        return
+    left = itertools.chain([first], units)
     most_units = -(-sum(source.num_bytes for source in sources) // block_bytes)
-    num_workers = min(options.num_workers, most_units)
-    state = (str(tokenizer.path), options, folder)
+    num_workers = min(options.num_workers, max(1, most_units))
+    state = _worker_state(sources, tokenizer, options, work.folder, block_bytes)
     if num_workers == 1:
-        worker = _Worker(*state)
-        try:
-            for unit in units:
-                yield unit, worker.encode(unit)
-        finally:
-            worker.close()
+        os.environ["RAYON_NUM_THREADS"] = "1"
+        worker = Worker(state)
+        for number, unit in left:
+            if not work.has_part(number):
+                worker.encode(number, unit)
+            yield number, unit
         return
     # spawn: a forked child would inherit the tokenizer library's threads half alive
     with concurrent.futures.ProcessPoolExecutor(
-        num_workers, multiprocessing.get_context("spawn"), _start_worker, state
+        num_workers, multiprocessing.get_context("spawn"), start_worker, (state,)
     ) as pool:
-        waiting: deque[tuple[Unit, concurrent.futures.Future[_UnitResult]]] = deque()
+        waiting: deque[tuple[int, Unit, concurrent.futures.Future[None] | None]] = deque()
         try:
-            for unit in units:
-                waiting.append((unit, pool.submit(_encode_in_worker, unit)))
+            for number, unit in left:
+                is_there = work.has_part(number)
+                future = None if is_there else pool.submit(encode_in_worker, number, unit)
+                waiting.append((number, unit, future))
                 if len(waiting) >= num_workers * UNITS_AHEAD:
-                    oldest, future = waiting.popleft()
-                    yield oldest, future.result()
+                    yield _wait_for(waiting)
             while waiting:
-                oldest, future = waiting.popleft()
-                yield oldest, future.result()
+                yield _wait_for(waiting)
         finally:
-            for _, future in waiting:
-                future.cancel()
+            for _, _, future in waiting:
+                if future is not None:
+                    future.cancel()
 
 
-def _copy(writer: IndexedWriter, result: _UnitResult, key: int) -> None:
-    lengths = result.lengths[key]
-    num_bytes = int(lengths.sum(dtype=np.int64)) * writer.dtype.itemsize
-    with open(f"{result.shard}-{key}", "rb") as shard:
-        shard.seek(result.starts[key])
-        writer.add_tokens(shard, num_bytes, lengths)
+def _wait_for(
+    waiting: deque[tuple[int, Unit, concurrent.futures.Future[None] | None]],
+) -> tuple[int, Unit]:
+    number, unit, future = waiting.popleft()
+    if future is not None:
+        future.result()
+    return number, unit
 
 
-def _note_problems(
-    summary: EncodeSummary, result: _UnitResult, lines_before: int, on_error: str
-) -> None:
+def _worker_state(
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    options: EncodeOptions,
+    folder: str,
+    block_bytes: int,
+) -> WorkerState:
+    """Choose the tokenizer library on a sample of the input and leave what workers load."""
+    samples: list[str] = []
+    units = iterate_units(sources, min(block_bytes, BLOCK_BYTES), options.shard)
+    if options.library != "standard":
+        for unit in itertools.islice(units, SAMPLE_UNITS):
+            texts = (item for item in read_unit(unit, options.json_keys) if type(item) is tuple)
+            samples += [text for item in itertools.islice(texts, SAMPLE_TEXTS) for text in item]
+    dtype = dtype_for_vocab(tokenizer.vocab_size)
+    plain_json = choose_library(tokenizer, options.library, samples, dtype)
+    plain_json_file = ""
+    if plain_json is not None:
+        plain_json_file = os.path.join(folder, "gigatoken.json")
+        Path(plain_json_file).write_text(plain_json, encoding="utf-8")
+    return WorkerState(
+        str(tokenizer.path),
+        tokenizer.vocab_size,
+        tokenizer.eod_id,
+        tokenizer.bos_id,
+        plain_json_file,
+        options,
+        folder,
+    )
+
+
+def _note_problems(state: State, part: Part, on_error: str) -> None:
     """Count what gave no document; raise for the first that may not be skipped."""
-    for problem in result.problems:
-        where = f"{problem.path}, line {lines_before + problem.line}"
+    for problem in part.problems:
+        word = "row" if problem.path.name.lower().endswith(PARQUET) else "line"
+        where = f"{problem.path}, {word} {state.lines + problem.line}"
         text = f"{where if problem.line else problem.path}: {problem.reason}"
         if problem.is_binary:
-            summary.num_binary += 1
+            state.binary += 1
         elif on_error == "stop":
             raise ValueError(f"{text}; mend it, or leave such input out with --on-error skip")
         else:
-            summary.num_skipped += 1
-        if len(summary.named) < NUM_NAMED:
-            summary.named.append(text)
+            state.skipped += 1
+        if len(state.named) < NUM_NAMED:
+            state.named.append(text)

@@ -18,7 +18,15 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-__all__ = ["IndexedReader", "IndexedWriter", "dtype_for_vocab", "length_histogram"]
+__all__ = [
+    "IndexedReader",
+    "IndexedWriter",
+    "adopt_tokens",
+    "dtype_for_vocab",
+    "length_histogram",
+    "read_all_lengths",
+    "temporary_name",
+]
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -29,6 +37,7 @@ _CODES = {np.dtype(kind): code for code, kind in _DTYPES.items()}
 _ENDINGS = (".bin", ".json", ".idx")  # .idx is renamed last: with it the files are complete
 MAX_DOCUMENT = 2**31 - 1  # lengths are int32
 COPY_BYTES = 1 << 24
+INDEX_BLOCK = 1 << 22  # documents of the index written at once
 
 
 def dtype_for_vocab(vocab_size: int) -> np.dtype:
@@ -206,9 +215,7 @@ class IndexedWriter:
         self.vocab_size = vocab_size
         self.dtype = dtype_for_vocab(vocab_size)
         self.metadata: dict[str, Any] = {}
-        self.num_empty_documents = 0
-        self._lengths = array("i")
-        self._borders = array("q", [0])
+        self._lengths = array("i")  # of every document, 0 for one without tokens
         self._bin: BinaryIO | None = None
 
     def __enter__(self) -> "IndexedWriter":
@@ -225,8 +232,11 @@ class IndexedWriter:
         self._file().close()
         try:
             if kind is None:
-                self._write_index()
-                self._write_metadata()
+                lengths = np.asarray(self._lengths, np.int32)
+                _write_index(self._temporary(".idx"), lengths, self.dtype)
+                _write_metadata(
+                    self._temporary(".json"), lengths, self.vocab_size, self.dtype, self.metadata
+                )
                 for ending in _ENDINGS:
                     os.replace(self._temporary(ending), self.prefix + ending)
         finally:
@@ -242,17 +252,17 @@ class IndexedWriter:
         tokens = np.asarray(ids, dtype=np.int64)
         if len(tokens) > MAX_DOCUMENT:
             raise ValueError(
-                f"{self.prefix}: document {len(self._borders) - 1} has {len(tokens)} tokens, the "
+                f"{self.prefix}: document {len(self._lengths)} has {len(tokens)} tokens, the "
                 f"format holds at most {MAX_DOCUMENT}; split it"
             )
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
             raise ValueError(
-                f"{self.prefix}: document {len(self._borders) - 1} holds ids from {tokens.min()} to"
+                f"{self.prefix}: document {len(self._lengths)} holds ids from {tokens.min()} to"
                 f" {tokens.max()}, the vocabulary has {self.vocab_size}; use the tokenizer's "
                 "vocabulary size"
             )
         self._file().write(tokens.astype(self.dtype).tobytes())
-        self._add_length(len(tokens))
+        self._lengths.append(len(tokens))
 
     def add_tokens(self, source: BinaryIO, num_bytes: int, lengths: np.ndarray) -> None:
         """Append documents whose tokens are the next num_bytes of source, already in `self.dtype`.
@@ -271,42 +281,101 @@ class IndexedWriter:
                 raise ValueError(f"{self.prefix}: a shard ended {num_bytes} bytes too early")
             self._file().write(block)
             num_bytes -= len(block)
-        for length in lengths.tolist():
-            self._add_length(length)
-
-    def _add_length(self, length: int) -> None:
-        if length:
-            self._lengths.append(length)
-        else:
-            self.num_empty_documents += 1
-        self._borders.append(len(self._lengths))
+        self._lengths.frombytes(lengths.astype(np.int32).tobytes())
 
     def _file(self) -> BinaryIO:
         assert self._bin is not None, "IndexedWriter is used inside a with statement"
         return self._bin
 
     def _temporary(self, ending: str) -> str:
-        return f"{self.prefix}{ending}.tmp-{os.getpid()}"
+        return temporary_name(self.prefix + ending)
 
-    def _write_index(self) -> None:
-        lengths = np.asarray(self._lengths, np.int32)
-        borders = np.asarray(self._borders, np.int64)
-        with open(self._temporary(".idx"), "wb") as file:
-            head = (MAGIC, VERSION, _CODES[self.dtype], len(lengths), len(borders))
-            file.write(_HEADER.pack(*head))
-            file.write(lengths.astype("<i4").tobytes())
-            file.write((_starts(lengths) * self.dtype.itemsize).astype("<i8").tobytes())
+
+def temporary_name(path: str) -> str:
+    """Where a file is written before it gets its name."""
+    return f"{path}.tmp-{os.getpid()}"
+
+
+def adopt_tokens(
+    prefix: str, tokens: Path, lengths: np.ndarray, vocab_size: int, metadata: dict[str, Any]
+) -> None:
+    """Make a file of tokens the `.bin` of a prefix and write `.idx` and `.json` beside it.
+
+    Args:
+        prefix: of the new files; older ones are replaced, the index last.
+        tokens: file on the same file system; it is renamed. Where it is gone, an earlier call that
+            was killed has renamed it already.
+        lengths: int32, tokens of every document, 0 for one without tokens.
+        vocab_size: decides the dtype, as `dtype_for_vocab` says.
+        metadata: as `IndexedWriter.metadata`.
+    """
+    dtype = dtype_for_vocab(vocab_size)
+    names = {ending: temporary_name(prefix + ending) for ending in (".json", ".idx")}
+    try:
+        _write_index(names[".idx"], lengths, dtype)
+        _write_metadata(names[".json"], lengths, vocab_size, dtype, metadata)
+        if tokens.exists():
+            os.replace(tokens, prefix + ".bin")
+        for ending, name in names.items():
+            os.replace(name, prefix + ending)
+    finally:
+        for name in names.values():
+            Path(name).unlink(missing_ok=True)
+
+
+def read_all_lengths(prefix: str) -> np.ndarray:
+    """int32, tokens of every document of a prefix, 0 for those without tokens.
+
+    Raises:
+        ValueError: as `IndexedReader`, or a document has several sequences.
+    """
+    path = Path(prefix + ".idx")
+    _, lengths, _, borders = _read_index(path)
+    counts = np.diff(borders)
+    if len(counts) and counts.max() > 1:
+        raise ValueError(
+            f"{path}: a document has {counts.max()} sequences; only files with one sequence per "
+            "document, as tools/preprocess_data.py writes them, can be used here"
+        )
+    every = np.zeros(len(counts), np.int32)
+    every[counts == 1] = lengths
+    return every
+
+
+def _write_index(path: str, lengths: np.ndarray, dtype: np.dtype) -> None:
+    """The .idx of documents of these lengths, written piece by piece: there may be 10^9."""
+    filled = [lengths[at : at + INDEX_BLOCK] for at in range(0, len(lengths), INDEX_BLOCK)]
+    num_sequences = sum(int(np.count_nonzero(block)) for block in filled)
+    with open(path, "wb") as file:
+        head = (MAGIC, VERSION, _CODES[dtype], num_sequences, len(lengths) + 1)
+        file.write(_HEADER.pack(*head))
+        for block in filled:
+            file.write(block[block > 0].astype("<i4").tobytes())
+        start = 0
+        for block in filled:
+            ends = np.cumsum(block[block > 0], dtype=np.int64) + start
+            starts = np.append(start, ends[:-1]) if len(ends) else ends
+            file.write((starts * dtype.itemsize).astype("<i8").tobytes())
+            start = int(ends[-1]) if len(ends) else start
+        border = 0
+        file.write(struct.pack("<q", 0))
+        for block in filled:
+            borders = np.cumsum(block > 0, dtype=np.int64) + border
             file.write(borders.astype("<i8").tobytes())
+            border = int(borders[-1])
 
-    def _write_metadata(self) -> None:
-        lengths = np.asarray(self._lengths, np.int32)
-        counts = {
-            "vocab_size": self.vocab_size,
-            "dtype": self.dtype.name,
-            "tokens": int(lengths.sum(dtype=np.int64)),
-            "documents": len(lengths),
-            "empty_documents": self.num_empty_documents,
-            "length_histogram": length_histogram(lengths),
-        }
-        text = json.dumps(self.metadata | counts, indent=2, ensure_ascii=True)
-        Path(self._temporary(".json")).write_text(text + "\n", encoding="utf-8")
+
+def _write_metadata(
+    path: str, lengths: np.ndarray, vocab_size: int, dtype: np.dtype, metadata: dict[str, Any]
+) -> None:
+    num_documents = int(np.count_nonzero(lengths))
+    counts = {
+        "vocab_size": vocab_size,
+        "dtype": dtype.name,
+        "tokens": int(lengths.sum(dtype=np.int64)),
+        "documents": num_documents,
+        "empty_documents": len(lengths) - num_documents,
+        "length_histogram": length_histogram(lengths),
+    }
+    text = json.dumps(metadata | counts, indent=2, ensure_ascii=True)
+    Path(path).write_text(text + "\n", encoding="utf-8")

@@ -1,24 +1,27 @@
-"""Documents of JSON-lines files, text files and folders, cut into units of work.
+"""JSON-lines, Parquet and text files and folders, cut into units of work.
 
 A unit is some millions of bytes of input. Cutting depends on the input alone, so that whoever reads
 the units in order sees the same documents whatever the number of workers.
 """
 
 import gzip
-import json
+import importlib
+import io
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, BinaryIO, Literal
 
-__all__ = ["Problem", "Source", "Unit", "find_sources", "iterate_units", "read_unit"]
+__all__ = ["Problem", "Source", "Unit", "find_sources", "import_optional", "iterate_units"]
 
 GroupBy = Literal["file", "repo"]
 
 BLOCK_BYTES = 4 << 20  # input of one unit; one document may be longer
 JSON_LINES = (".jsonl", ".ndjson")
-UNREAD = (".zst", ".parquet", ".gz", ".zip", ".xz", ".bz2")
+PARQUET = ".parquet"
+COMPRESSED = (".gz", ".zst")
+UNREAD = (".zst", ".gz", ".zip", ".xz", ".bz2")
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Source:
     """One --input argument and the files it stands for, in the order they are read."""
 
     path: Path
-    line_files: tuple[Path, ...]  # JSON lines, .gz or not; read before the documents
+    line_files: tuple[Path, ...]  # JSON lines (.gz, .zst or not), Parquet; read first
     documents: tuple[tuple[Path, ...], ...]  # files joined into each document
     num_bytes: int  # on disk
     is_folder: bool
@@ -39,7 +42,7 @@ class Unit:
     source: int  # number of the source
     num_bytes: int  # of input on disk that is done after this unit
     path: Path | None = None  # lines: of this file ...
-    start: int = 0  # ... these bytes
+    start: int = 0  # ... these bytes; of a Parquet file these row groups
     end: int = 0
     lines: bytes | None = None  # ... or these, already decompressed
     documents: tuple[tuple[Path, ...], ...] = ()
@@ -59,11 +62,12 @@ class Problem:
 def find_sources(inputs: Sequence[Path], group_by: GroupBy | None = None) -> list[Source]:
     """Find the files behind the inputs.
 
-    A file ending in .jsonl, .ndjson or .json, also with .gz, holds one JSON object per line; any
-    other file is one document. A folder stands for the files below it in path order, names that
-    start with a dot left out: without group_by its .jsonl and .ndjson files hold JSON lines and
-    any other file is one document; with "file" every file is one document; with "repo" the files
-    of each subfolder are joined into one document, and files beside the subfolders into another.
+    A file ending in .jsonl, .ndjson or .json, also with .gz or .zst, holds one JSON object per
+    line, a .parquet file one document per row; any other file is one document. A folder stands for
+    the files below it in path order, names that start with a dot left out: without group_by its
+    .jsonl, .ndjson and .parquet files are read so and any other file is one document; with "file"
+    every file is one document; with "repo" the files of each subfolder are joined into one
+    document, and files beside the subfolders into another.
 
     Raises:
         ValueError: an input does not exist, holds no file, is empty, or is of a kind not read.
@@ -75,8 +79,7 @@ def find_sources(inputs: Sequence[Path], group_by: GroupBy | None = None) -> lis
         elif not path.is_file():
             raise ValueError(f"input {path}: no such file or folder; check the path")
         else:
-            name = path.name.lower().removesuffix(".gz")
-            is_lines = name.endswith((*JSON_LINES, ".json"))
+            is_lines = _plain_name(path).endswith((*JSON_LINES, ".json", PARQUET))
             if not is_lines:
                 _refuse_unread(path)
             lines, documents = ((path,), ()) if is_lines else ((), ((path,),))
@@ -90,11 +93,28 @@ def find_sources(inputs: Sequence[Path], group_by: GroupBy | None = None) -> lis
     return sources
 
 
+def import_optional(module: str, package: str, path: Path) -> Any:
+    """An optional package that a file needs; ValueError with the remedy where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"input {path}: reading {path.suffix} files needs the package {package}, which is not "
+            f"installed ({error}); run: pip install {package}"
+        ) from error
+
+
+def _plain_name(path: Path) -> str:
+    """The name in lower case without the ending of a compression."""
+    name = path.name.lower()
+    return name.removesuffix(".gz").removesuffix(".zst")
+
+
 def _refuse_unread(path: Path) -> None:
     if path.name.lower().endswith(UNREAD):
         raise ValueError(
-            f"input {path}: files ending in {path.suffix} are not read (only .jsonl.gz is "
-            "decompressed here); convert it to .jsonl, .jsonl.gz or text first"
+            f"input {path}: files ending in {path.suffix} are not read (only .jsonl.gz and "
+            ".jsonl.zst are decompressed here); convert it to .jsonl, .jsonl.gz or text first"
         )
 
 
@@ -115,8 +135,7 @@ def _folder(root: Path, group_by: GroupBy | None) -> Source:
         documents = [tuple(groups[name]) for name in sorted(groups)]
     else:
         for path in found:
-            name = path.name.lower().removesuffix(".gz")
-            if group_by is None and name.endswith(JSON_LINES):
+            if group_by is None and _plain_name(path).endswith((*JSON_LINES, PARQUET)):
                 lines.append(path)
             else:
                 documents.append((path,))
@@ -124,28 +143,59 @@ def _folder(root: Path, group_by: GroupBy | None) -> Source:
     return Source(root, tuple(lines), tuple(documents), num_bytes, True)
 
 
-def iterate_units(sources: Sequence[Source], block_bytes: int = BLOCK_BYTES) -> Iterator[Unit]:
+def iterate_units(
+    sources: Sequence[Source], block_bytes: int = BLOCK_BYTES, shard: tuple[int, int] = (0, 1)
+) -> Iterator[Unit]:
     """Cut the sources into units, in input order.
 
+    Args:
+        sources: from `find_sources`.
+        block_bytes: input of one unit.
+        shard: (number, count): only the units whose first byte lies in that part of all bytes on
+            disk. A compressed file belongs to one part as a whole. The parts in order are the
+            whole.
+
     Raises:
-        ValueError: a .gz file is damaged.
+        ValueError: a compressed or Parquet file is damaged, or its package is not installed.
     """
-    for number, source in enumerate(sources):
+    number, count = shard
+    total = sum(source.num_bytes for source in sources)
+
+    def is_ours(first_byte: int) -> bool:
+        return min(first_byte * count // max(total, 1), count - 1) == number
+
+    at = 0
+    for source_number, source in enumerate(sources):
         for path in source.line_files:
-            if path.suffix == ".gz":
-                yield from _cut_compressed(number, path, block_bytes)
+            name, size = path.name.lower(), path.stat().st_size
+            if name.endswith(COMPRESSED):
+                if is_ours(at):
+                    yield from _cut_compressed(source_number, path, block_bytes)
             else:
-                yield from _cut_lines(number, path, block_bytes)
-        batch: list[tuple[Path, ...]] = []
-        size = 0
-        for document in source.documents:
-            batch.append(document)
-            size += sum(path.stat().st_size for path in document)
-            if size >= block_bytes:
-                yield Unit(number, size, documents=tuple(batch), is_folder=source.is_folder)
-                batch, size = [], 0
-        if batch:
+                cut = _cut_parquet if name.endswith(PARQUET) else _cut_lines
+                done = at
+                for unit in cut(source_number, path, block_bytes):
+                    if is_ours(done):
+                        yield unit
+                    done += unit.num_bytes
+            at += size
+        for unit in _cut_documents(source_number, source, block_bytes):
+            if is_ours(at):
+                yield unit
+            at += unit.num_bytes
+
+
+def _cut_documents(number: int, source: Source, block_bytes: int) -> Iterator[Unit]:
+    batch: list[tuple[Path, ...]] = []
+    size = 0
+    for document in source.documents:
+        batch.append(document)
+        size += sum(path.stat().st_size for path in document)
+        if size >= block_bytes:
             yield Unit(number, size, documents=tuple(batch), is_folder=source.is_folder)
+            batch, size = [], 0
+    if batch:
+        yield Unit(number, size, documents=tuple(batch), is_folder=source.is_folder)
 
 
 def _cut_lines(number: int, path: Path, block_bytes: int) -> Iterator[Unit]:
@@ -161,16 +211,42 @@ def _cut_lines(number: int, path: Path, block_bytes: int) -> Iterator[Unit]:
             start = end
 
 
+def _cut_parquet(number: int, path: Path, block_bytes: int) -> Iterator[Unit]:
+    """Row groups, several together while they are small; bytes are those of the file."""
+    parquet = import_optional("pyarrow.parquet", "pyarrow", path)
+    try:
+        metadata = parquet.read_metadata(path)
+    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        raise ValueError(
+            f"input {path}: cannot be read as Parquet ({error}); the file is damaged or cut short: "
+            "fetch it again"
+        ) from error
+    sizes = [
+        sum(group.column(n).total_compressed_size for n in range(group.num_columns))
+        for group in map(metadata.row_group, range(metadata.num_row_groups))
+    ]
+    size_on_disk = path.stat().st_size
+    start = size = done = 0
+    for group, group_bytes in enumerate(sizes, start=1):
+        size += group_bytes
+        if group == len(sizes):
+            size = size_on_disk - done  # with what the file holds besides
+        if size >= block_bytes or group == len(sizes):
+            yield Unit(number, size, path=path, start=start, end=group)
+            done += size
+            start, size = group, 0
+
+
 def _cut_compressed(number: int, path: Path, block_bytes: int) -> Iterator[Unit]:
     done = 0
-    with open(path, "rb") as raw, gzip.open(raw) as file:
+    with open(path, "rb") as raw, _decompress(path, raw) as file:
         while True:
             try:
                 block = file.read(block_bytes) + file.readline()
             except (OSError, EOFError, zlib.error) as error:
                 raise ValueError(
                     f"input {path}: cannot be decompressed ({error}); the file is damaged or not "
-                    "gzip: fetch it again"
+                    f"{path.suffix[1:]}: fetch it again"
                 ) from error
             if not block:
                 return
@@ -179,75 +255,50 @@ def _cut_compressed(number: int, path: Path, block_bytes: int) -> Iterator[Unit]
             done = here
 
 
-def read_unit(unit: Unit, keys: Sequence[str]) -> Iterator[tuple[str, ...] | Problem | None]:
-    """The documents of a unit, or what is wrong with a line or file.
+def _decompress(path: Path, raw: BinaryIO) -> BinaryIO:
+    if path.suffix.lower() == ".gz":
+        return gzip.open(raw)  # type: ignore[return-value]
+    zstandard = import_optional("zstandard", "zstandard", path)
+    return io.BufferedReader(_ZstdFrames(raw, zstandard), 1 << 20)  # type: ignore[return-value]
 
-    Yields one item per line of a JSON-lines file (None for a blank line) and one per document of
-    other files (a tuple of one text), with a Problem before it for every file left out.
+
+class _ZstdFrames(io.RawIOBase):
+    """The frames of a .zst file one after another; a last frame that is cut short is an error.
+
+    zstandard's own reader ends quietly there.
     """
-    if unit.path is not None:
-        yield from _read_lines(unit, unit.path, keys)
-    for files in unit.documents:
-        yield from _read_document(files, unit.is_folder)
 
+    def __init__(self, raw: BinaryIO, zstandard: Any) -> None:
+        self._raw = raw
+        self._zstandard = zstandard
+        self._frame: Any = None
+        self._ready = b""
 
-def _read_lines(
-    unit: Unit, path: Path, keys: Sequence[str]
-) -> Iterator[tuple[str, ...] | Problem | None]:
-    lines = unit.lines
-    if lines is None:
-        with open(path, "rb") as file:
-            file.seek(unit.start)
-            lines = file.read(unit.end - unit.start)
-    for number, line in enumerate(lines.removesuffix(b"\n").split(b"\n"), start=1):
-        if not line.strip():
-            yield None
-            continue
-        try:
-            yield _texts_of_line(line, keys)
-        except ValueError as error:
-            yield Problem(path, number, str(error))
+    def readable(self) -> bool:
+        return True
 
-
-def _texts_of_line(line: bytes, keys: Sequence[str]) -> tuple[str, ...]:
-    """Texts of one JSON line; ValueError says what is wrong with it."""
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"is not UTF-8 (byte {error.start})") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"is not JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"is a JSON {type(record).__name__}, not an object")
-    texts = []
-    for key in keys:
-        if key not in record:
-            raise ValueError(f"has no key {key!r} (its keys: {', '.join(record) or 'none'})")
-        text = record[key]
-        if not isinstance(text, str):
-            raise ValueError(f"has {type(text).__name__} under key {key!r}, not a string")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f"has half a surrogate pair under key {key!r}") from error
-        texts.append(text)
-    return tuple(texts)
-
-
-def _read_document(files: tuple[Path, ...], is_folder: bool) -> Iterator[tuple[str] | Problem]:
-    parts = []
-    for path in files:
-        raw = path.read_bytes()
-        try:
-            text = raw.decode("utf-8-sig")
-            if is_folder and "\0" in text:
-                raise ValueError("holds a zero byte")
-        except ValueError as error:
-            reason = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
-            yield Problem(path, 0, reason, is_binary=is_folder)
-        else:
-            parts.append(text)
-    # a file of a repository ends in a newline before the next one starts
-    ended = [part if part.endswith("\n") or not part else part + "\n" for part in parts[:-1]]
-    if parts:
-        yield ("".join(ended + parts[-1:]),)
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer; 0 at the end. OSError for damaged input."""
+        unread = b""
+        while not self._ready:
+            chunk = unread or self._raw.read(1 << 18)
+            if not chunk:
+                if self._frame is not None:
+                    raise EOFError("the last frame is cut short")
+                return 0
+            if self._frame is None:
+                self._frame = self._zstandard.ZstdDecompressor().decompressobj()
+            try:
+                self._ready = self._frame.decompress(chunk)
+            except self._zstandard.ZstdError as error:
+                raise OSError(str(error)) from error
+            unread = b""
+            if self._frame.eof:
+                unread, self._frame = self._frame.unused_data, None
+                if unread and self._ready:  # the next call goes on behind this frame
+                    self._raw.seek(-len(unread), io.SEEK_CUR)
+                    unread = b""
+        taken = self._ready[: len(buffer)]
+        buffer[: len(taken)] = taken
+        self._ready = self._ready[len(taken) :]
+        return len(taken)

@@ -160,7 +160,7 @@ class _HuggingFace(Tokenizer):
             if "model" not in tree:
                 raise ValueError("it has no 'model'")
             self._tokenizer = _open_hf(text)
-            unspellable = _without_spellable_specials(tree)
+            unspellable = without_spellable_specials(tree)
             self._encoder = self._tokenizer if unspellable is None else _open_hf(unspellable)
         except Exception as error:  # the library raises bare Exception for a bad file
             raise ValueError(
@@ -189,7 +189,7 @@ def _open_hf(text: str) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _without_spellable_specials(tree: dict[str, Any]) -> str | None:
+def without_spellable_specials(tree: dict[str, Any]) -> str | None:
     """The tokenizer with special tokens renamed where its model could produce them from text.
 
     Tokens looked up by name can be switched off, but a special token may also stand in the model's
@@ -243,7 +243,7 @@ class _Tiktoken(Tokenizer):
 
     def __init__(self, path: Path, main: Path) -> None:
         super().__init__(path, [main])
-        ranks = _read_ranks(main)
+        ranks = read_ranks(main)
         if len(ranks) in OTHER_TIKTOKEN:
             raise ValueError(
                 f"tokenizer {main}: {len(ranks)} ranks are those of {OTHER_TIKTOKEN[len(ranks)]}; "
@@ -280,7 +280,7 @@ class _Tiktoken(Tokenizer):
         return self._encoding.decode(ids)
 
 
-def _read_ranks(path: Path) -> dict[bytes, int]:
+def read_ranks(path: Path) -> dict[bytes, int]:
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line:

@@ -2,11 +2,13 @@
 
 import gzip
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
-from lclm.data.readers import Problem, find_sources, iterate_units, read_unit
+from lclm.data.documents import read_unit
+from lclm.data.readers import Problem, find_sources, iterate_units
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -122,7 +124,7 @@ def test_a_file_that_is_ended_with_a_newline_before_the_next(tmp_path):
     assert documents([tmp_path / "r"], "repo") == [("one\ntwo\nthree",)]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.parquet", "a.txt.gz", "a.zip"])
+@pytest.mark.parametrize("name", ["a.txt.zst", "a.txt.gz", "a.zip"])
 def test_endings_that_are_not_read(tmp_path, name):
     with pytest.raises(ValueError, match="are not read"):
         find_sources([write(tmp_path / name, "x")])
@@ -149,3 +151,80 @@ def test_damaged_gzip(tmp_path):
 def test_a_text_file_that_is_not_utf8(tmp_path):
     (problem,) = documents([write(tmp_path / "a.txt", b"\xff\xfe")])
     assert problem.reason == "is not UTF-8" and not problem.is_binary
+
+
+def test_zstandard_files(tmp_path):
+    """Several frames, as pzstd and `cat` make them; a frame cut short is damage, not the end."""
+    import zstandard
+
+    texts = [f"text {number} " * 40 for number in range(300)]
+    lines = json_lines(texts).encode()
+    compress = zstandard.ZstdCompressor().compress
+    whole = compress(lines[:5000]) + compress(lines[5000:5000]) + compress(lines[5000:])
+    path = write(tmp_path / "a.jsonl.zst", whole)
+    for block_bytes in (1, 700, 1 << 20):
+        assert documents([path], block_bytes=block_bytes) == [(text,) for text in texts]
+    for content in (whole[:-5], compress(lines)[:-9], b"no zstandard", whole + b"rubbish"):
+        with pytest.raises(ValueError, match=r"a\.jsonl\.zst: cannot be decompressed"):
+            documents([write(tmp_path / "a.jsonl.zst", content)])
+
+
+def test_parquet_files(tmp_path):
+    import pyarrow as arrow
+    import pyarrow.parquet
+
+    texts = [f"text {number}" for number in range(100)]
+    table = arrow.table({"text": [*texts[:50], None, *texts[50:]], "n": range(101)})
+    path = tmp_path / "folder" / "a.parquet"
+    path.parent.mkdir()
+    pyarrow.parquet.write_table(table, path, row_group_size=30)
+    sources = find_sources([path.parent])
+    for block_bytes in (1, 900, 1 << 20):
+        units = list(iterate_units(sources, block_bytes))
+        assert sum(unit.num_bytes for unit in units) == path.stat().st_size
+        items = documents([path], block_bytes=block_bytes)
+        bad = [item for item in items if isinstance(item, Problem)]
+        assert [item[0] for item in items if not isinstance(item, Problem)] == texts
+        assert [item.reason for item in bad] == ["has NoneType in column 'text', not a string"]
+    (missing,) = documents([path], keys=("body",))
+    assert "has no column 'body' (its columns: text, n)" in missing.reason
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    with pytest.raises(ValueError, match="cannot be read as Parquet"):
+        documents([path])
+    middle = len(whole) // 8
+    path.write_bytes(whole[:4] + b"\xff" * middle + whole[4 + middle :])
+    with pytest.raises(ValueError, match="row group 0: cannot be read"):
+        documents([path])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.parquet"])
+def test_a_missing_package_is_named(tmp_path, monkeypatch, name):
+    for module in ("zstandard", "pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=r"needs the package (zstandard|pyarrow).*pip install"):
+        documents([write(tmp_path / name, "x")])
+
+
+@pytest.mark.parametrize("has_orjson", [True, False])
+def test_lines_that_the_fast_parser_must_not_decide(tmp_path, monkeypatch, has_orjson):
+    if not has_orjson:
+        monkeypatch.setattr("lclm.data.documents.orjson", None)
+    cases = {
+        '{"text": "a", "text": "b"}': "has the key 'text' twice",
+        '{"text": "a", "m": {"text": "b"}}': ("a",),
+        '{"text": "say \\"text\\" twice \\"text\\""}': ('say "text" twice "text"',),
+        '{"te\\u0078t": "a"}': ("a",),
+        '{"text": "a", "n": NaN}': ("a",),
+        '{"text": "a\\u0000b"}': ("a\0b",),
+        '{"text": "a\0b"}': "is not JSON",
+        '{"text": {"text": 1}}': "has dict under key 'text', not a string",
+        '{"text": ""}': ("",),
+        '[{"text": "a"},': "a file of one JSON array must become one object per line",
+    }
+    path = write(tmp_path / "a.jsonl", "\n".join(cases))
+    for item, expected in zip(documents([path]), cases.values()):
+        if isinstance(expected, str):
+            assert isinstance(item, Problem) and expected in item.reason
+        else:
+            assert item == expected
