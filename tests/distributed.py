@@ -5,13 +5,16 @@ joins one gloo process group and calls `fn(*args)`. `fn` and the arguments are p
 function at the top of a module.
 """
 
+import contextlib
 import multiprocessing
 import os
 import pickle
+import signal
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 __all__ = ["DistributedError", "run_distributed"]
@@ -68,13 +71,20 @@ def run_distributed(
         os.environ.clear()
         os.environ.update(saved)
         for process in processes:
-            process.kill()
-        for process in processes:
-            process.join()
+            _end(process)
     if errors:
         text = "\n".join(f"rank {rank}: {error}" for rank, error in sorted(errors.items()))
         raise DistributedError(f"{fn.__qualname__} on {world_size} processes\n{text}")
     return [results[rank] for rank in range(world_size)]
+
+
+def _end(process: BaseProcess) -> None:
+    """Kill a rank with all that it started: saving a checkpoint starts processes of its own."""
+    assert process.pid is not None
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()  # one that died or hangs before it led a group
+    process.join()
 
 
 def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
@@ -120,6 +130,7 @@ def _collect(
 
 
 def _run_rank(pickled_call: bytes, writer: Connection) -> None:
+    os.setsid()  # leads a process group, so that `_end` reaches its children
     try:
         import torch.distributed as dist
 
