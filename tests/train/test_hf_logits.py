@@ -27,6 +27,28 @@ LLAMA3_SCALING = {
 }
 
 
+def load_and_run(folder: Path, tokens: np.ndarray, changes: dict[str, Any]) -> np.ndarray:
+    """This tp rank's logits `[T, V / tp]` of the weights in a checkpoint folder."""
+    from lclm.data.loader import Row
+    from lclm.mesh import build_mesh
+
+    config = tiny_config("unused", **changes)
+    mesh = build_mesh(config)
+    from lclm.checkpoint import store
+    from lclm.model.build import build_model
+    from lclm.train.micro_batch import MicroBatchBuilder
+
+    model = build_model(config, mesh)
+    fields = config.model.model_dump(exclude={"init_from"})
+    info = store.load(folder, fields, mesh, model, None)
+    batch = MicroBatchBuilder(config, mesh, info.rope_base, True)(
+        Row(tokens, np.array([SEQ_LENGTH]), "a")
+    )
+    with torch.no_grad():
+        logits = model(batch.tokens_BT, batch.labels_T, batch.row, return_logits=True)
+    return logits.numpy()
+
+
 def save_and_run(folder: Path, tokens: np.ndarray, changes: dict[str, Any]) -> np.ndarray:
     """Save random weights as a checkpoint; this tp rank's logits `[T, V / tp]`."""
     from lclm.data.loader import Row
@@ -96,3 +118,39 @@ def test_transformers_gives_the_trainers_logits(
     ours = np.concatenate(shards, axis=1)
     assert np.abs(ours).max() > 1
     assert np.abs(ours - theirs).max() <= tolerances.HF_LOGITS_ABS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "changes"), [(1, {}), (2, {"parallel__tp": 2})])
+def test_the_trainer_gives_transformers_logits(
+    tmp_path: Path, ranks: int, changes: dict[str, Any]
+) -> None:
+    """The other way: a model that transformers wrote, imported."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = tiny_config("unused").model
+    torch.manual_seed(0)
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=sizes.hidden_size,
+            intermediate_size=sizes.ffn_hidden_size,
+            num_hidden_layers=sizes.num_layers,
+            num_attention_heads=sizes.num_attention_heads,
+            num_key_value_heads=sizes.num_kv_heads,
+            rms_norm_eps=sizes.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE},
+            initializer_range=0.2,
+            tie_word_embeddings=False,
+        )
+    ).float()
+    theirs.save_pretrained(tmp_path / "theirs")
+    command = [sys.executable, str(ROOT / "tools" / "convert_from_hf.py")]
+    command += ["--hf-model", str(tmp_path / "theirs"), "--output", str(tmp_path / "ours")]
+    subprocess.run(command, check=True, cwd=ROOT, timeout=120)
+    tokens = np.random.default_rng(3).integers(0, VOCAB_SIZE, SEQ_LENGTH)
+    shards = run_distributed(load_and_run, ranks, tmp_path / "ours", tokens, changes)
+    with torch.no_grad():
+        wanted = theirs(torch.from_numpy(tokens)[None]).logits[0].numpy()
+    assert np.abs(wanted).max() > 1
+    assert np.abs(np.concatenate(shards, axis=1) - wanted).max() <= tolerances.HF_LOGITS_ABS
