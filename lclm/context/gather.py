@@ -66,9 +66,14 @@ class LocalAttention:
     plan: IntervalPlan
 
     def __call__(
-        self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, scale: float
+        self,
+        q_TNH: torch.Tensor,
+        k_TKH: torch.Tensor,
+        v_TKH: torch.Tensor,
+        scale: float,
+        recomputed_layer: int | None = None,
     ) -> torch.Tensor:
-        """Output `[T, N, H]` of q `[T, N, H]` over k and v `[T, K, H]`."""
+        """Output `[T, N, H]` of q `[T, N, H]` over k and v `[T, K, H]`; recomputed as it is."""
         return interval_attention(q_TNH, k_TKH, v_TKH, self.plan, scale)
 
 
@@ -83,9 +88,14 @@ class GatheredAttention:
     group: dist.ProcessGroup
 
     def __call__(
-        self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, scale: float
+        self,
+        q_TNH: torch.Tensor,
+        k_TKH: torch.Tensor,
+        v_TKH: torch.Tensor,
+        scale: float,
+        recomputed_layer: int | None = None,
     ) -> torch.Tensor:
-        """Output `[T, N, H]` for the T local tokens."""
+        """Output `[T, N, H]` for the T local tokens; a recomputed layer gathers again."""
         kv = torch.stack([k_TKH, v_TKH], dim=1)
         k, v = gather_from_context_region(kv, self.order, self.group).unbind(1)
         return interval_attention(q_TNH, k, v, self.plan, scale)

@@ -79,6 +79,8 @@ class RowAttention(MegatronModule):
         q, k, v = qkv.split([self.group_size, 1, 1], dim=2)
         q_TNH = apply_rope(q.reshape(num_tokens, -1, self.head_size), row.cos_TH, row.sin_TH)
         k_TKH = apply_rope(k.squeeze(2), row.cos_TH, row.sin_TH)
-        out_TNH = row.attend(q_TNH, k_TKH, v.squeeze(2), self.scale)
+        is_recomputed = self.training and self.config.recompute_granularity == "full"
+        layer = self.layer_number if is_recomputed else None
+        out_TNH = row.attend(q_TNH, k_TKH, v.squeeze(2), self.scale, layer)
         output, bias = self.linear_proj(out_TNH.reshape(num_tokens, 1, -1))
         return output, bias

@@ -16,9 +16,18 @@ class Attend(Protocol):
     """Attention of the local queries over the keys of the whole row."""
 
     def __call__(
-        self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, scale: float
+        self,
+        q_TNH: torch.Tensor,
+        k_TKH: torch.Tensor,
+        v_TKH: torch.Tensor,
+        scale: float,
+        recomputed_layer: int | None = None,
     ) -> torch.Tensor:
-        """Return the output `[T, N, H]` for local q `[T, N, H]`, k and v `[T, K, H]`."""
+        """Return the output `[T, N, H]` for local q `[T, N, H]`, k and v `[T, K, H]`.
+
+        `recomputed_layer` is the number of a layer that is computed twice, first without gradients
+        and again in the backward pass: the second time the first result may be used.
+        """
 
 
 @dataclass(frozen=True)

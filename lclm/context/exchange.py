@@ -1,0 +1,316 @@
+"""Point-to-point exchange between context ranks: messages, and the keys of a row plan that travel.
+
+A `Transfer` is what one rank sends and receives at one moment. It is committed once, which starts
+every message, and waited for once. On gloo the messages are asynchronous works of threads of their
+own; on CUDA they run on NCCL's stream, which events order after what the committing stream had
+queued, so that attention queued later runs beside them.
+
+`KeyExchange` moves keys and values along a `RowPlan`: at step s rank r receives from r - s and
+sends to r + s (mod R), only what some query there sees, and gradients go the opposite way. The
+messages start in one order on all ranks (keys of step s + 1, then gradients of step s), which one
+NCCL stream needs in order not to block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from lclm.context.row_plan import RowPlan
+from lclm_kernels.interval_attention import IntervalPlan, make_plan
+
+# Tags keep kinds of message apart where two ranks exchange several (gloo; NCCL goes by order).
+KEYS, GRADIENTS, HEADS, DIGESTS = range(4)
+
+_LOST_KEY = "lclm.context.lost"
+_GRACE = timedelta(seconds=3)  # for a rank that failed first to say whom it had lost
+
+
+class ExchangeError(RuntimeError):
+    """A message between context ranks did not arrive; the text names the rank that is lost."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """A contiguous buffer for or from a rank of the group."""
+
+    peer: int
+    buffer: torch.Tensor
+
+
+class Transfer:
+    """Messages that start together: commit once, wait once, finish once, in this order.
+
+    Args:
+        what: shown in errors.
+        group: the ranks that `Message.peer` counts.
+        tag: kind of message.
+        sends, receives: messages of one device; empty ones must be left out by both sides.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        group: dist.ProcessGroup,
+        tag: int,
+        sends: Sequence[Message],
+        receives: Sequence[Message],
+    ) -> None:
+        self._what, self._group, self._tag = what, group, tag
+        self._receives, self._sends = list(receives), list(sends)
+        self._works: list[dist.Work] = []
+        self._state = "new"
+
+    def commit(self) -> None:
+        """Start every message; buffers to be sent must not change until `finish`."""
+        self._advance("new", "committed")
+        operations = [(dist.irecv, message) for message in self._receives]
+        operations += [(dist.isend, message) for message in self._sends]
+        if not operations:
+            return
+        try:
+            self._works = dist.batch_isend_irecv(
+                [
+                    dist.P2POp(run, m.buffer, group=self._group, tag=self._tag, group_peer=m.peer)
+                    for run, m in operations
+                ]
+            )
+        except RuntimeError as error:
+            self._fail([message.peer for _, message in operations], error)
+
+    def wait(self) -> list[torch.Tensor]:
+        """Wait for what is received and hand it over, in the order of `receives`."""
+        self._advance("committed", "received")
+        # NCCL gives one work for all messages, gloo one for each.
+        is_joint = len(self._works) != len(self._receives) + len(self._sends)
+        count = len(self._works) if is_joint else len(self._receives)
+        self._wait(count, [*self._receives, *self._sends] if is_joint else self._receives)
+        buffers = [message.buffer for message in self._receives]
+        self._receives = []
+        return buffers
+
+    def finish(self) -> None:
+        """Wait until what is sent has left, and let go of it."""
+        self._advance("received", "finished")
+        self._wait(len(self._works), self._sends)
+        self._sends = []
+
+    def _advance(self, before: str, after: str) -> None:
+        if self._state != before:
+            raise RuntimeError(
+                f"{self._what}: the transfer is {self._state} and cannot be {after}; commit, wait "
+                "and finish follow one another, each once"
+            )
+        self._state = after
+
+    def _wait(self, count: int, messages: Sequence[Message]) -> None:
+        works, self._works = self._works[:count], self._works[count:]
+        for number, work in enumerate(works):
+            try:
+                work.wait()
+            except RuntimeError as error:
+                of_work = messages if len(works) != len(messages) else [messages[number]]
+                self._fail([message.peer for message in of_work], error)
+
+    def _fail(self, peers: Sequence[int], error: RuntimeError) -> None:
+        ranks = sorted({dist.get_global_rank(self._group, peer) for peer in peers})
+        lost = _find_lost(ranks[0]) if len(ranks) == 1 else None
+        name = f"rank {lost} is lost" if lost is not None else f"one of the ranks {ranks} is lost"
+        raise ExchangeError(
+            f"{self._what}: {name}; rank {dist.get_rank()} was waiting for rank(s) {ranks} and "
+            f"got: {error}"
+        ) from error
+
+
+def _find_lost(peer: int) -> int:
+    """The rank that failed first, as far as the ranks have told, starting from a failed peer.
+
+    A rank that fails because of another leaves that one's number in the store before it goes, so
+    those who then miss the messenger still learn who was lost. All ranks are global.
+    """
+    seen = {dist.get_rank()}
+    try:
+        store = dist.group.WORLD.get_group_store()
+        store.set(f"{_LOST_KEY}/{dist.get_rank()}", str(peer))
+        while peer not in seen:
+            seen.add(peer)
+            store.wait([f"{_LOST_KEY}/{peer}"], _GRACE)
+            peer = int(store.get(f"{_LOST_KEY}/{peer}"))
+    except dist.DistError:
+        # No word from that rank, or the store went with it: it is the one.
+        return peer
+    return peer
+
+
+def check_same_plan(plan: RowPlan, group: dist.ProcessGroup, device: torch.device) -> None:
+    """Compare the plan's digest with every other rank of the group.
+
+    Raises:
+        ValueError: on every rank, if some rank holds another plan.
+        ExchangeError: if a rank is lost.
+    """
+    mine = torch.frombuffer(bytearray.fromhex(plan.digest()), dtype=torch.uint8).to(device)
+    peers = [rank for rank in range(group.size()) if rank != group.rank()]
+    if not peers:
+        return
+    found = mine.new_empty(len(peers), len(mine))
+    transfer = Transfer(
+        "comparison of row plans",
+        group,
+        DIGESTS,
+        [Message(peer, mine) for peer in peers],
+        [Message(peer, found[place]) for place, peer in enumerate(peers)],
+    )
+    transfer.commit()
+    transfer.wait()
+    transfer.finish()  # the others must get this digest before anybody raises
+    is_other = (found != mine).any(dim=1).tolist()
+    others = [peer for peer, differs in zip(peers, is_other, strict=True) if differs]
+    if others:
+        names = [dist.get_global_rank(group, peer) for peer in others]
+        raise ValueError(
+            f"row plan: rank {dist.get_rank()} and rank(s) {names} of its context group deal out "
+            f"the row differently (here: {plan.row_length} tokens, {len(plan.doc_lengths)} "
+            "documents); all ranks must read the same row with the same configuration and versions"
+        )
+
+
+@dataclass(frozen=True)
+class KeyStep:
+    """One step of the exchange on one rank. Step 0 stands for its own keys."""
+
+    number: int
+    source: int
+    num_received: int
+    destination: int
+    sent: torch.Tensor
+    """int64 [tokens], which local tokens travel to `destination`, sorted; on the device."""
+    intervals: IntervalPlan
+    """What each local query sees of the keys of this step."""
+
+
+class KeyExchange:
+    """Moves keys and gradients of one row for one rank. Made once per micro-batch.
+
+    Args:
+        plan: of as many ranks as the group has.
+        rank: this rank's place in the plan and the group.
+        group: may be None where the plan has one rank.
+        device: where keys live.
+    """
+
+    def __init__(
+        self, plan: RowPlan, rank: int, group: dist.ProcessGroup | None, device: torch.device
+    ) -> None:
+        size = group.size() if group is not None else 1
+        if size != plan.cp_size:
+            raise ValueError(
+                f"key exchange: the plan is for {plan.cp_size} ranks, the group has {size}"
+            )
+        self._group = group
+        positions = plan.positions(rank)
+        own = make_plan(*plan.intervals(rank, rank), len(positions))
+        nothing = torch.empty(0, dtype=torch.int64)
+        self.local = KeyStep(0, rank, len(positions), rank, nothing, own)
+        steps = []
+        for number in range(1, size):
+            source, destination = (rank - number) % size, (rank + number) % size
+            num_received = sum(end - start for start, end in plan.travels(rank, source))
+            ranges = [
+                np.searchsorted(positions, start) + np.arange(end - start)
+                for start, end in plan.travels(destination, rank)
+            ]
+            sent = np.concatenate(ranges) if ranges else np.empty(0, dtype=np.int64)
+            intervals = make_plan(*plan.travel_intervals(rank, source), num_received)
+            index = torch.from_numpy(sent).to(device)
+            steps.append(KeyStep(number, source, num_received, destination, index, intervals))
+        self.steps = tuple(steps)
+        """Steps 1 .. R - 1, also those in which nothing travels."""
+
+    def fetch(
+        self, k_TKH: torch.Tensor, v_TKH: torch.Tensor, is_eager: bool
+    ) -> Iterator[tuple[KeyStep, torch.Tensor, torch.Tensor]]:
+        """Yield each step with its keys and values `[S, K, H]`, the next ones already on the way.
+
+        The first step is the local one. Drop the tensors before asking for the next step: then
+        two steps' keys exist at a time.
+
+        Args:
+            k_TKH, v_TKH: local keys and values.
+            is_eager: start everything up to the next step that brings keys, so that steps without
+                any hide nothing less. Not where gradients are sent in between.
+        """
+        transfers: list[Transfer] = []
+
+        def commit_until(end: int) -> None:
+            for step in self.steps[len(transfers) : end]:
+                transfers.append(self._keys(step, k_TKH, v_TKH))
+                transfers[-1].commit()
+
+        commit_until(self._horizon(0, is_eager))
+        yield self.local, k_TKH, v_TKH
+        for place, step in enumerate(self.steps):
+            received = transfers[place].wait()
+            if place:
+                transfers[place - 1].finish()
+            commit_until(self._horizon(place + 1, is_eager))
+            kv = received[0] if received else k_TKH.new_empty(2, 0, *k_TKH.shape[1:])
+            del received
+            k, v = kv
+            del kv
+            yield step, k, v
+            del k, v
+        if transfers:
+            transfers[-1].finish()
+
+    def gradients(self, step: KeyStep, grads_2SKH: torch.Tensor) -> Transfer:
+        """Send the gradients of the keys and values of a step home; receive those of ours.
+
+        Args:
+            grads_2SKH: fp32 `[2, S, K, H]`, of the received keys and values.
+
+        Returns:
+            A committed transfer; it brings `[2, tokens of step.sent, K, H]` if there are any.
+        """
+        shape = (2, len(step.sent), *grads_2SKH.shape[2:])
+        transfer = self._transfer(
+            f"context exchange, step {step.number} of {len(self.steps)}, gradients of keys",
+            GRADIENTS,
+            Message(step.source, grads_2SKH) if step.num_received else None,
+            Message(step.destination, grads_2SKH.new_empty(shape)) if len(step.sent) else None,
+        )
+        transfer.commit()
+        return transfer
+
+    def _keys(self, step: KeyStep, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> Transfer:
+        """The packed keys and values that leave and arrive in a step, not yet committed."""
+        outgoing = incoming = None
+        if len(step.sent):
+            packed = k_TKH.new_empty(2, len(step.sent), *k_TKH.shape[1:])
+            torch.index_select(k_TKH, 0, step.sent, out=packed[0])
+            torch.index_select(v_TKH, 0, step.sent, out=packed[1])
+            outgoing = Message(step.destination, packed)
+        if step.num_received:
+            buffer = k_TKH.new_empty(2, step.num_received, *k_TKH.shape[1:])
+            incoming = Message(step.source, buffer)
+        what = f"context exchange, step {step.number} of {len(self.steps)}, keys"
+        return self._transfer(what, KEYS, outgoing, incoming)
+
+    def _transfer(
+        self, what: str, tag: int, outgoing: Message | None, incoming: Message | None
+    ) -> Transfer:
+        sends = [outgoing] if outgoing is not None else []
+        receives = [incoming] if incoming is not None else []
+        assert self._group is not None  # only a plan of several ranks has steps
+        return Transfer(what, self._group, tag, sends, receives)
+
+    def _horizon(self, place: int, is_eager: bool) -> int:
+        """How many steps shall be on the way when the one before `place` is worked on."""
+        while is_eager and place < len(self.steps) and not self.steps[place].num_received:
+            place += 1
+        return min(place + 1, len(self.steps))

@@ -1,0 +1,193 @@
+"""Ulysses attention: an all-to-all trades a part of the tokens for a part of the heads.
+
+Each rank then holds all tokens of its group for some heads, attends, and the dual all-to-all brings
+the output home (Jacobs et al., DeepSpeed Ulysses, arXiv 2309.14509). Over a group of groups, a ring
+runs between ranks that hold the same heads (Fang and Zhao, arXiv 2405.07719): `ulysses x ring`.
+
+Letters: U ranks that share heads, T local tokens, N query heads, K kv heads, H head size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from lclm.context.exchange import HEADS, Message, Transfer
+from lclm.context.ring import ContextAttention, RingPasses, Tensors
+from lclm.context.row_plan import RowPlan, Span
+
+
+class HeadExchange:
+    """The all-to-all of U ranks and its dual.
+
+    Args:
+        positions: sorted global positions of each rank's tokens, int64 `[T]` each.
+        group: the U ranks.
+        device: where the tensors live.
+    """
+
+    def __init__(
+        self, positions: Sequence[np.ndarray], group: dist.ProcessGroup, device: torch.device
+    ) -> None:
+        self._group = group
+        order = np.argsort(np.concatenate(positions), kind="stable")
+        inverse = np.empty_like(order)
+        inverse[order] = np.arange(len(order))
+        self._order = torch.from_numpy(order).to(device)
+        self._inverse = torch.from_numpy(inverse).to(device)
+
+    def to_heads(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Tensors `[T, n, H]` to `[U * T, n / U, H]`, tokens in global order.
+
+        Each n must be a multiple of U. The tensors travel as one message per pair of ranks.
+        """
+        size = self._group.size()
+        split = [x.unflatten(1, (size, -1)) for x in parts]  # [T, U, n / U, H]
+        by_rank = torch.cat(split, dim=2).transpose(0, 1).contiguous()
+        received = self._all_to_all(by_rank).flatten(0, 1).index_select(0, self._order)
+        return list(received.split([x.shape[2] for x in split], dim=1))
+
+    def to_tokens(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The way back: tensors `[U * T, n / U, H]` to `[T, n, H]`."""
+        size = self._group.size()
+        by_rank = torch.cat(list(parts), dim=1).index_select(0, self._inverse)
+        received = self._all_to_all(by_rank.unflatten(0, (size, -1)))  # [U, T, n / U, H]
+        split = received.transpose(0, 1).split([x.shape[1] for x in parts], dim=2)
+        return [x.flatten(1, 2) for x in split]
+
+    def _all_to_all(self, by_rank: torch.Tensor) -> torch.Tensor:
+        """Row j of the first dim goes to rank j; row j of the result is from rank j."""
+        received = torch.empty_like(by_rank)
+        rank = self._group.rank()
+        peers = [peer for peer in range(self._group.size()) if peer != rank]
+        transfer = Transfer(
+            "all-to-all over heads",
+            self._group,
+            HEADS,
+            [Message(peer, by_rank[peer]) for peer in peers],
+            [Message(peer, received[peer]) for peer in peers],
+        )
+        transfer.commit()
+        received[rank].copy_(by_rank[rank])
+        transfer.wait()
+        transfer.finish()
+        return received
+
+
+class UlyssesPasses:
+    """Heads shared among U ranks, around the passes of those who hold the same heads.
+
+    kv heads that U does not divide are repeated to the least common multiple; gradients of the
+    copies are summed in fp32.
+
+    Args:
+        heads: the exchange among the U ranks.
+        inner: attention over the ranks with the same heads.
+        copies: how often each kv head is repeated, see `kv_copies`.
+    """
+
+    def __init__(self, heads: HeadExchange, inner: RingPasses, copies: int) -> None:
+        self._heads, self._inner, self._copies = heads, inner, copies
+
+    def forward(
+        self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, scale: float
+    ) -> tuple[torch.Tensor, Tensors]:
+        """See `Passes`; kept are the tensors of this rank's heads."""
+        q, k, v = self._heads.to_heads([q_TNH, self._repeat(k_TKH), self._repeat(v_TKH)])
+        out, kept = self._inner.forward(q, k, v, scale)
+        (local,) = self._heads.to_tokens([out])
+        return local, kept
+
+    def restore(self, local: Tensors) -> Tensors:
+        """See `Passes`; q, k, v and out travel again."""
+        q_TNH, k_TKH, v_TKH, out_TNH, lse = local
+        parts = [q_TNH, self._repeat(k_TKH), self._repeat(v_TKH), out_TNH]
+        return (*self._heads.to_heads(parts), lse)
+
+    def backward(self, dout_TNH: torch.Tensor, kept: Tensors, scale: float) -> Tensors:
+        """See `Passes`."""
+        (dout,) = self._heads.to_heads([dout_TNH])
+        dq, dk, dv = self._inner.backward(dout, kept, scale)
+        dq = dq.to(dout.dtype)
+        if self._copies == 1:
+            # Each is final: rounding it before the way home is rounding it once.
+            dq, dk, dv = self._heads.to_tokens([dq, dk.to(dq.dtype), dv.to(dq.dtype)])
+            return dq, dk, dv
+        (dq,) = self._heads.to_tokens([dq])
+        dk, dv = (
+            x.unflatten(1, (-1, self._copies)).sum(dim=2) for x in self._heads.to_tokens([dk, dv])
+        )
+        return dq, dk, dv
+
+    def _repeat(self, x_TKH: torch.Tensor) -> torch.Tensor:
+        return x_TKH.repeat_interleave(self._copies, dim=1) if self._copies > 1 else x_TKH
+
+
+def kv_copies(num_heads: int, num_kv_heads: int, size: int) -> int:
+    """How often each kv head is repeated so that `size` ranks can share query and kv heads.
+
+    Raises:
+        ValueError: the query heads do not divide by `size`.
+    """
+    if num_heads % size:
+        raise ValueError(
+            f"ulysses: {num_heads} query heads (of this tp rank) cannot be shared by {size} ranks, "
+            "also not with repeated kv heads; the ranks that share heads must divide the query "
+            "heads: use cp_comm 'ring', or 'ulysses_ring' with a smaller cp_ulysses"
+        )
+    return math.lcm(num_kv_heads, size) // num_kv_heads
+
+
+def merge_ranks(plan: RowPlan, size: int) -> RowPlan:
+    """The plan in which each `size` ranks that follow one another are one rank."""
+    if plan.cp_size % size:
+        raise ValueError(f"{plan.cp_size} context ranks do not divide into groups of {size}")
+    merged = []
+    for first in range(0, plan.cp_size, size):
+        spans: list[Span] = []
+        held = (span for spans in plan.chunks[first : first + size] for span in spans)
+        for start, end in sorted(held):
+            if spans and spans[-1][1] == start:
+                spans[-1] = (spans[-1][0], end)
+            else:
+                spans.append((start, end))
+        merged.append(tuple(spans))
+    return RowPlan(plan.doc_lengths, plan.cp_size // size, tuple(merged))
+
+
+def build_ulysses(
+    plan: RowPlan,
+    num_heads: int,
+    num_kv_heads: int,
+    group: dist.ProcessGroup,
+    device: torch.device,
+    head_group: dist.ProcessGroup | None = None,
+    ring_group: dist.ProcessGroup | None = None,
+) -> ContextAttention:
+    """Ulysses attention of one row, or ulysses x ring.
+
+    Args:
+        plan: one rank for each rank of the group.
+        num_heads, num_kv_heads: query and kv heads of the layers (of this tp rank).
+        group: the whole context group of R ranks.
+        head_group: ranks that share heads, U that follow one another in `group`; None: all.
+        ring_group: ranks of equal place in their head groups, R / U of them; None: just this one.
+
+    Raises:
+        ValueError: U does not divide the query heads.
+    """
+    head_group = group if head_group is None else head_group
+    size = head_group.size()
+    first = group.rank() - head_group.rank()
+    positions = [plan.positions(rank) for rank in range(first, first + size)]
+    merged = merge_ranks(plan, size)
+    copies = kv_copies(num_heads, num_kv_heads, size)
+    passes = UlyssesPasses(
+        HeadExchange(positions, head_group, device), RingPasses(merged, ring_group, device), copies
+    )
+    groups = (group,) if ring_group is None else (group, ring_group)
+    return ContextAttention(passes, plan, groups, device)
