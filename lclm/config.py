@@ -103,6 +103,13 @@ class ParallelConfig(Section):
     """How a row's tokens are dealt to the context ranks. `auto`: by its documents, each row anew,
     so that every rank has equal tokens and nearly equal attention and few keys travel. `zigzag`:
     an early and a late part for each rank, balanced only if the row is one document."""
+    cp_comm: Literal["gather", "ring", "ulysses", "ulysses_ring"] = "gather"
+    """How keys meet queries. `gather`: every rank collects all keys. `ring`: only keys that a rank's
+    queries see travel to it, under the attention on those before. `ulysses`: all-to-all, each rank
+    attends with some heads over the whole row. `ulysses_ring`: both, see `cp_ulysses`."""
+    cp_ulysses: int = Field(default=0, ge=0)
+    """`ulysses_ring` only: how many neighbouring context ranks share heads (best those of a node);
+    the ring goes over cp / cp_ulysses."""
 
 
 class TrainConfig(Section):
@@ -257,6 +264,7 @@ class Config(Section):
 def check_config(config: Config) -> None:
     """Check the rules that join several fields. Raises `ConfigError`."""
     _check_model(config)
+    _check_context(config)
     _check_validation(config)
     for number, stage in enumerate(config.stage):
         _check_stage(config, number, stage)
@@ -328,6 +336,31 @@ def _check_validation(config: Config) -> None:
         raise ConfigError(
             f"validation.rows_per_domain({validation.rows_per_domain}) needs documents that are "
             "held out; set data.held_out_fraction above 0"
+        )
+
+
+def _check_context(config: Config) -> None:
+    model, parallel = config.model, config.parallel
+    cp, inner = parallel.cp, parallel.cp_ulysses
+    if parallel.cp_comm == "ulysses_ring":
+        if cp % max(1, inner) or not 1 < inner < cp:
+            raise ConfigError(
+                f"parallel.cp_ulysses({inner}) must divide parallel.cp({cp}) and lie between 1 and "
+                "it with cp_comm 'ulysses_ring'; set it, or use cp_comm 'ring' or 'ulysses'"
+            )
+    elif inner:
+        raise ConfigError(
+            f"parallel.cp_ulysses({inner}) has no effect with cp_comm '{parallel.cp_comm}'; remove "
+            "it or use cp_comm 'ulysses_ring'"
+        )
+    sharing = cp if parallel.cp_comm == "ulysses" else inner
+    heads = model.num_attention_heads // parallel.tp
+    if sharing and heads % sharing:
+        raise ConfigError(
+            f"parallel: {sharing} context ranks share the heads with cp_comm "
+            f"'{parallel.cp_comm}', which does not divide model.num_attention_heads"
+            f"({model.num_attention_heads}) / tp({parallel.tp}) = {heads}; use cp_comm 'ring', or "
+            "'ulysses_ring' with another cp_ulysses"
         )
 
 

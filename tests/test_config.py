@@ -134,6 +134,35 @@ def test_missing_field_and_missing_or_broken_file(run_file: Path, tmp_path: Path
         load_config(tmp_path / "absent.toml")
 
 
+CONTEXT_MESSAGES = [
+    ("cp_comm=rong", "parallel.cp_comm = 'rong': Input should be 'gather', 'ring'"),
+    ("cp_ulysses=2", "parallel.cp_ulysses(2) has no effect with cp_comm 'gather'; remove it"),
+    ("cp_comm=ulysses_ring", "parallel.cp_ulysses(0) must divide parallel.cp(8) and lie between 1"),
+    ("cp_comm=ulysses_ring cp_ulysses=3", "parallel.cp_ulysses(3) must divide parallel.cp(8)"),
+    ("cp_comm=ulysses_ring cp_ulysses=8", "parallel.cp_ulysses(8) must divide parallel.cp(8) and"),
+    ("cp_comm=ulysses", "8 context ranks share the heads with cp_comm 'ulysses', which does not"),
+    ("cp_comm=ulysses_ring cp_ulysses=4 tp=2", "num_attention_heads(4) / tp(2) = 2; use cp_comm"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), CONTEXT_MESSAGES, ids=[m[0] for m in CONTEXT_MESSAGES]
+)
+def test_rules_of_context_parallelism(run_file: Path, changes: str, message: str) -> None:
+    overrides = [
+        f"parallel.{change}" for change in ["cp=8", "cp_layout=contiguous", *changes.split()]
+    ]
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(run_file, overrides)
+
+
+def test_context_modes_that_fit(run_file: Path) -> None:
+    for comm in ("ring", "ulysses"):
+        assert load_config(run_file, ["parallel.cp=4", f"parallel.cp_comm={comm}"])
+    both = ["parallel.cp_comm=ulysses_ring", "parallel.cp_ulysses=2"]
+    assert load_config(run_file, ["parallel.cp=4", *both]).parallel.cp_ulysses == 2
+
+
 def test_world(run_file: Path) -> None:
     config = load_config(run_file, ["parallel.tp=2", "parallel.cp=2"])
     assert check_world(config, 4) == 1

@@ -11,10 +11,12 @@ import torch
 from lclm.config import Config
 from lclm.context.gather import GatheredAttention, LocalAttention
 from lclm.context.plan import RowPlan, build_row_plan
+from lclm.context.ring import build_ring
+from lclm.context.ulysses import build_ulysses
 from lclm.data.batch import build_labels
 from lclm.data.loader import Row
 from lclm.mesh import Mesh
-from lclm.model.row import RowContext
+from lclm.model.row import Attend, RowContext
 from lclm_kernels.interval_attention import make_plan
 from lclm_kernels.rope import build_rope_table
 
@@ -43,6 +45,8 @@ class MicroBatchBuilder:
         scaling = config.model.rope_scaling
         self._scaling = scaling.model_dump() if scaling else None
         self._head_size = config.model.head_size
+        self._num_heads = config.model.num_attention_heads // config.parallel.tp
+        self._num_kv_heads = config.model.num_kv_heads // config.parallel.tp
         # One rank holds a row whole, whatever its length.
         self._layout = config.parallel.cp_layout if mesh.cp_size > 1 else "contiguous"
         self._mesh = mesh
@@ -77,14 +81,24 @@ class MicroBatchBuilder:
         cos, sin = build_rope_table(
             torch.from_numpy(in_document), self._head_size, self._rope_base, self._scaling
         )
+        return RowContext(cos.to(mesh.device), sin.to(mesh.device), self._attention(plan))
+
+    def _attention(self, plan: RowPlan) -> Attend:
+        """How this row's queries meet its keys; what depends on the mask is made here, once."""
+        mesh = self._mesh
+        group, device = mesh.cp_group, mesh.device
+        if mesh.cp_size > 1 and mesh.cp_head_group is not None:
+            heads = (self._num_heads, self._num_kv_heads)
+            return build_ulysses(
+                plan, *heads, group, device, mesh.cp_head_group, mesh.cp_ring_group
+            )
+        if mesh.cp_size > 1 and mesh.cp_ring_group is not None:
+            return build_ring(plan, group, device)
         lo, hi = plan.intervals(mesh.cp_rank)
         intervals = make_plan(lo, hi, plan.row_length)
         if mesh.cp_size == 1:
-            attend: LocalAttention | GatheredAttention = LocalAttention(intervals)
-        else:
-            order = torch.from_numpy(plan.gather_order()).to(mesh.device)
-            attend = GatheredAttention(intervals, order, mesh.cp_group)
-        return RowContext(cos.to(mesh.device), sin.to(mesh.device), attend)
+            return LocalAttention(intervals)
+        return GatheredAttention(intervals, torch.from_numpy(plan.gather_order()).to(device), group)
 
 
 def iterate_global_batch(

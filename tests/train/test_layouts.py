@@ -22,6 +22,19 @@ TWO_RANKS = {
     "pp2": {"parallel__pp": 2},
     "cp2 recompute": {"parallel__cp": 2, "train__recompute": "full"},
     "pp2 tied": {"parallel__pp": 2, "model__tie_embeddings": True},
+    "cp2 ring": {"parallel__cp": 2, "parallel__cp_comm": "ring"},
+    "cp2 ring recompute": {
+        "parallel__cp": 2,
+        "parallel__cp_comm": "ring",
+        "parallel__cp_layout": "contiguous",
+        "train__recompute": "full",
+    },
+    "cp2 ulysses": {"parallel__cp": 2, "parallel__cp_comm": "ulysses"},
+    "cp2 ulysses recompute": {
+        "parallel__cp": 2,
+        "parallel__cp_comm": "ulysses",
+        "train__recompute": "full",
+    },
 }
 FOUR_RANKS = {
     "tp2 cp2": {"parallel__tp": 2, "parallel__cp": 2},
@@ -30,6 +43,24 @@ FOUR_RANKS = {
     "tp2 pp2": {"parallel__tp": 2, "parallel__pp": 2},
     "tp2 pp2 tied": {"parallel__tp": 2, "parallel__pp": 2, "model__tie_embeddings": True},
     "cp4": {"parallel__cp": 4},
+    "tp2 cp2 ring": {"parallel__tp": 2, "parallel__cp": 2, "parallel__cp_comm": "ring"},
+    "tp2 cp2 ulysses": {"parallel__tp": 2, "parallel__cp": 2, "parallel__cp_comm": "ulysses"},
+    "pp2 cp2 ring recompute": {
+        "parallel__pp": 2,
+        "parallel__cp": 2,
+        "parallel__cp_comm": "ring",
+        "train__recompute": "full",
+    },
+    "pp2 cp2 ulysses": {"parallel__pp": 2, "parallel__cp": 2, "parallel__cp_comm": "ulysses"},
+    "dp2 cp2 ring": {"parallel__cp": 2, "parallel__cp_comm": "ring"},
+    "cp4 ring": {"parallel__cp": 4, "parallel__cp_comm": "ring"},
+    "cp4 ulysses": {"parallel__cp": 4, "parallel__cp_comm": "ulysses"},
+    "cp4 ulysses ring recompute": {
+        "parallel__cp": 4,
+        "parallel__cp_comm": "ulysses_ring",
+        "parallel__cp_ulysses": 2,
+        "train__recompute": "full",
+    },
     "cp4 zigzag": {"parallel__cp": 4, "parallel__cp_layout": "zigzag"},
 }
 ONE_RANK = {
