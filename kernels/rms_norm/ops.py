@@ -2,41 +2,67 @@
 
 import torch
 
+from ..backend import AUTO, Candidate, choose, triton_candidate
 from .reference import rms_norm_bwd_reference, rms_norm_fwd_reference
 
 __all__ = ["rms_norm"]
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_CANDIDATES = (
+    triton_candidate(*_FLOATS),
+    Candidate("reference", ("cpu", "cuda"), (*_FLOATS, torch.float64)),
+)
+_MAX_SIZE = 32768  # a Triton program holds whole rows in registers
 
 
 class _RMSNormFunction(torch.autograd.Function):
     """Saves the input and one fp32 number per row."""
 
     @staticmethod
-    def forward(ctx, x, weight, eps):
+    def forward(ctx, x, weight, eps, chosen):
         rows = x.reshape(-1, x.shape[-1])
-        y, rrms = rms_norm_fwd_reference(rows, weight, eps)
+        if chosen == "triton":
+            from .triton_impl import rms_norm_fwd_triton
+
+            rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+            y, rrms = rms_norm_fwd_triton(rows, weight.contiguous(), eps)
+        else:
+            y, rrms = rms_norm_fwd_reference(rows, weight, eps)
         ctx.save_for_backward(rows, weight, rrms)
+        ctx.chosen = chosen
         return y.view(x.shape)
 
     @staticmethod
     def backward(ctx, dy):
         rows, weight, rrms = ctx.saved_tensors
-        dx, dweight = rms_norm_bwd_reference(dy.reshape(rows.shape), rows, weight, rrms)
-        return dx.view(dy.shape), dweight, None
+        dy_rows = dy.reshape(rows.shape)
+        if ctx.chosen == "triton":
+            from .triton_impl import rms_norm_bwd_triton
+
+            dy_rows = dy_rows if dy_rows.stride(-1) == 1 else dy_rows.contiguous()
+            dx, dweight = rms_norm_bwd_triton(dy_rows, rows, weight.contiguous(), rrms)
+        else:
+            dx, dweight = rms_norm_bwd_reference(dy_rows, rows, weight, rrms)
+        return dx.view(dy.shape), dweight, None, None
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, implementation: str = AUTO
+) -> torch.Tensor:
     """Divide each row by its root mean square and scale it by the weight.
 
     Args:
         x: [..., D], any floating dtype, any strides.
-        weight: [D].
+        weight: [D], any floating dtype.
         eps: added to the mean square, > 0.
+        implementation: "auto", "triton" or "reference".
 
     Returns:
         [..., D] in x's dtype.
 
     Raises:
-        ValueError: weight is not [D], or eps is not positive.
+        ValueError: weight is not [D] or on another device, eps is not positive, or the
+            implementation asked for cannot serve x and weight.
     """
     if x.dim() < 1 or weight.shape != x.shape[-1:]:
         raise ValueError(
@@ -45,4 +71,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         )
     if not eps > 0.0:
         raise ValueError(f"rms_norm: eps must be positive, got {eps}; Llama uses 1e-5")
-    return _RMSNormFunction.apply(x, weight, eps)
+    if x.device != weight.device:
+        raise ValueError(f"rms_norm: x is on {x.device}, weight on {weight.device}; move one")
+    refusal = ""
+    if x.shape[-1] > _MAX_SIZE:
+        refusal = f"takes rows of up to {_MAX_SIZE}, these have {x.shape[-1]}"
+    elif weight.dtype not in _FLOATS:
+        refusal = f"takes no weight of {weight.dtype}"
+    chosen = choose("rms_norm", implementation, x.device, x.dtype, _CANDIDATES, {"triton": refusal})
+    return _RMSNormFunction.apply(x, weight, eps, chosen)

@@ -2,37 +2,61 @@
 
 import torch
 
+from ..backend import AUTO, Candidate, choose, triton_candidate
 from .reference import swiglu_bwd_reference, swiglu_fwd_reference
 
 __all__ = ["swiglu"]
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_CANDIDATES = (
+    triton_candidate(*_FLOATS),
+    Candidate("reference", ("cpu", "cuda"), (*_FLOATS, torch.float64)),
+)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """As [R, last size] with the last dim contiguous; a copy only where strides ask for it."""
+    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty((0, x.shape[-1]))
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 class _SwiGLUFunction(torch.autograd.Function):
     """Saves only its input; the backward recomputes the activation."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x, chosen):
         ctx.save_for_backward(x)
-        return swiglu_fwd_reference(x)
+        ctx.chosen = chosen
+        if chosen == "reference":
+            return swiglu_fwd_reference(x)
+        from .triton_impl import swiglu_fwd_triton
+
+        return swiglu_fwd_triton(_rows(x)).view(*x.shape[:-1], x.shape[-1] // 2)
 
     @staticmethod
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
-        return swiglu_bwd_reference(dy, x)
+        if ctx.chosen == "reference":
+            return swiglu_bwd_reference(dy, x), None
+        from .triton_impl import swiglu_bwd_triton
+
+        return swiglu_bwd_triton(_rows(dy), _rows(x)).view(x.shape), None
 
 
-def swiglu(x: torch.Tensor) -> torch.Tensor:
+def swiglu(x: torch.Tensor, implementation: str = AUTO) -> torch.Tensor:
     """Return silu(x[..., :F]) * x[..., F:].
 
     Args:
         x: [..., 2F], gate then up, any floating dtype, any strides.
+        implementation: "auto", "triton" or "reference".
 
     Returns:
         [..., F] in x's dtype.
 
     Raises:
-        ValueError: the last size of x is odd.
+        ValueError: the last size of x is odd, or the implementation asked for cannot serve x.
     """
     if x.dim() < 1 or x.shape[-1] % 2:
         raise ValueError(f"swiglu: x must be [..., 2F] (gate, then up), got {list(x.shape)}")
-    return _SwiGLUFunction.apply(x)
+    chosen = choose("swiglu", implementation, x.device, x.dtype, _CANDIDATES)
+    return _SwiGLUFunction.apply(x, chosen)
