@@ -8,14 +8,16 @@ exist for one chunk at a time.
 import torch
 import torch.distributed as dist
 
-from .reference import (
-    IGNORED_LABEL,
-    ChunkLoss,
-    chunk_dlogits_reference,
-    chunk_loss_reference,
-)
+from ..backend import AUTO, Candidate, choose, triton_candidate
+from .reference import IGNORED_LABEL, chunk_dlogits_reference, chunk_loss_reference
 
 __all__ = ["linear_cross_entropy", "per_token_loss"]
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_CANDIDATES = (
+    triton_candidate(*_FLOATS),
+    Candidate("reference", ("cpu", "cuda"), (*_FLOATS, torch.float64)),
+)
 
 
 def linear_cross_entropy(
@@ -26,6 +28,7 @@ def linear_cross_entropy(
     group: dist.ProcessGroup | None = None,
     chunk_tokens: int = 2048,
     label_weights: torch.Tensor | None = None,
+    implementation: str = AUTO,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum the cross entropy of hidden @ weight.T over the labelled tokens.
 
@@ -39,24 +42,28 @@ def linear_cross_entropy(
         vocab_start: vocabulary entry of weight's first row.
         group: the tensor-parallel group that holds the other shards.
         chunk_tokens: tokens whose logits exist at the same time.
-        label_weights: fp32 [T], factor of each token's loss; None: 1.
+        label_weights: fp32 [T], factor of each token's loss; None: 1. No gradient goes to it.
+        implementation: "auto", "triton" or "reference", of what happens between the matrix
+            products; the same on each process of the group.
 
     Returns:
         (loss_sum fp32 scalar in nats (fp64 for fp64 inputs), num_labels int64 scalar: labels not
         ignored, and of weight > 0 if there are weights).
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or a label is in no shard. The latter is found
+        ValueError: shapes, dtypes or devices do not fit, the implementation asked for cannot
+            serve them, or a label is in no shard. The latter is found
             on CPU tensors only; on a GPU it makes the loss NaN instead of waiting for the device.
     """
     _check_inputs(hidden, weight, labels, chunk_tokens, label_weights)
+    chosen = _choose(implementation, hidden)
     is_counted = labels != IGNORED_LABEL
     token_weights = is_counted.to(_loss_dtype(hidden))
     if label_weights is not None:
         is_counted = is_counted & (label_weights > 0)
         token_weights = token_weights * label_weights
     loss_sum = _LinearCrossEntropyFunction.apply(
-        hidden, weight, labels, token_weights, vocab_start, group, chunk_tokens
+        hidden, weight, labels, token_weights, vocab_start, group, chunk_tokens, chosen
     )
     return loss_sum, is_counted.sum()
 
@@ -69,16 +76,20 @@ def per_token_loss(
     vocab_start: int = 0,
     group: dist.ProcessGroup | None = None,
     chunk_tokens: int = 2048,
+    implementation: str = AUTO,
 ) -> torch.Tensor:
     """Return each token's cross entropy, fp32 [T] (fp64 for fp64), 0 where ignored; no gradient.
 
     Arguments and errors as in `linear_cross_entropy`.
     """
     _check_inputs(hidden, weight, labels, chunk_tokens, None)
+    chosen = _choose(implementation, hidden)
     losses = torch.zeros(hidden.shape[0], dtype=_loss_dtype(hidden), device=hidden.device)
     for start in range(0, hidden.shape[0], chunk_tokens):
         part = slice(start, start + chunk_tokens)
-        losses[part] = _chunk_loss(hidden[part], weight, labels[part], vocab_start, group).losses
+        losses[part], _ = _chunk_loss(
+            chosen, hidden[part], weight, labels[part], None, vocab_start, group
+        )
     return losses
 
 
@@ -86,7 +97,9 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
     """Makes the gradients in the forward; the backward scales them by the incoming scalar."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, token_weights, vocab_start, group, chunk_tokens):
+    def forward(
+        ctx, hidden, weight, labels, token_weights, vocab_start, group, chunk_tokens, chosen
+    ):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         loss_sum = torch.zeros((), dtype=token_weights.dtype, device=hidden.device)
         dhidden = None
@@ -97,11 +110,13 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
             dweight = torch.zeros_like(weight, dtype=token_weights.dtype)
         for start in range(0, hidden.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            chunk = _chunk_loss(hidden[part], weight, labels[part], vocab_start, group)
-            loss_sum += torch.dot(chunk.losses, token_weights[part])
-            if not (needs_hidden or needs_weight):
+            weights = token_weights[part] if needs_hidden or needs_weight else None
+            losses, dlogits = _chunk_loss(
+                chosen, hidden[part], weight, labels[part], weights, vocab_start, group
+            )
+            loss_sum += torch.dot(losses, token_weights[part])
+            if dlogits is None:
                 continue
-            dlogits = chunk_dlogits_reference(chunk, token_weights[part]).to(hidden.dtype)
             if dhidden is not None:
                 torch.mm(dlogits, weight, out=dhidden[part])
             if dweight is not None:
@@ -116,7 +131,7 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
         dhidden, dweight = (
             None if grad is None else grad * dloss.to(grad.dtype) for grad in ctx.saved_tensors
         )
-        return dhidden, dweight, None, None, None, None, None
+        return dhidden, dweight, *[None] * 6
 
 
 def _add_matmul(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -128,26 +143,57 @@ def _add_matmul(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
 
 
 def _chunk_loss(
+    chosen: str,
     hidden: torch.Tensor,
     weight: torch.Tensor,
     labels: torch.Tensor,
+    token_weights: torch.Tensor | None,
     vocab_start: int,
     group: dist.ProcessGroup | None,
-) -> ChunkLoss:
-    logits = (hidden @ weight.t()).to(_loss_dtype(hidden))
-    chunk = chunk_loss_reference(logits, labels, vocab_start, group)
-    is_lost = (labels != IGNORED_LABEL) & (chunk.num_owners != 1)
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return (losses [C], gradient of their weighted sum [C, V_local], or None without weights)."""
+    logits = hidden @ weight.t()
+    dlogits = None
+    if chosen == "triton":
+        from .triton_impl import chunk_loss_triton
+
+        losses, num_owners = chunk_loss_triton(
+            logits, labels.contiguous(), token_weights, vocab_start, group, IGNORED_LABEL
+        )
+        dlogits = None if token_weights is None else logits
+    else:
+        wide = logits.to(_loss_dtype(hidden))
+        chunk = chunk_loss_reference(wide, labels, vocab_start, group)
+        losses, num_owners = chunk.losses, chunk.num_owners
+        if token_weights is not None:
+            dlogits = chunk_dlogits_reference(chunk, token_weights).to(hidden.dtype)
+    return _mark_lost(losses, labels, num_owners, vocab_start, weight.shape[0]), dlogits
+
+
+def _mark_lost(
+    losses: torch.Tensor,
+    labels: torch.Tensor,
+    num_owners: torch.Tensor,
+    vocab_start: int,
+    num_rows: int,
+) -> torch.Tensor:
+    """Refuse labels that are not in exactly one shard; on a GPU make their losses NaN."""
+    is_lost = (labels != IGNORED_LABEL) & (num_owners != 1)
     if labels.device.type != "cpu":
-        return chunk._replace(losses=chunk.losses.masked_fill(is_lost, float("nan")))
+        return losses.masked_fill(is_lost, float("nan"))
     if is_lost.any():
         label = int(labels[is_lost][0])
-        held = f"entries {vocab_start} to {vocab_start + weight.shape[0] - 1}"
+        held = f"entries {vocab_start} to {vocab_start + num_rows - 1}"
         raise ValueError(
             f"linear_cross_entropy: label {label} is in no vocabulary shard (or in several); this "
             f"process holds {held}; use {IGNORED_LABEL} for tokens without a label, and check the "
             "tokenizer against vocab_size"
         )
-    return chunk
+    return losses
+
+
+def _choose(wish: str, hidden: torch.Tensor) -> str:
+    return choose("linear_cross_entropy", wish, hidden.device, hidden.dtype, _CANDIDATES)
 
 
 def _loss_dtype(hidden: torch.Tensor) -> torch.dtype:
@@ -170,6 +216,11 @@ def _check_inputs(
     if hidden.dtype != weight.dtype:
         raise ValueError(
             f"{where}hidden is {hidden.dtype}, weight is {weight.dtype}; cast one to the other"
+        )
+    if not hidden.device == weight.device == labels.device:
+        raise ValueError(
+            f"{where}hidden is on {hidden.device}, weight on {weight.device}, labels on "
+            f"{labels.device}; move them to one device"
         )
     if labels.dtype != torch.int64 or labels.shape != hidden.shape[:1]:
         raise ValueError(
