@@ -48,3 +48,15 @@ RESUME_REL = 1e-5
 # Logits of the trainer against transformers' on the exported folder, absolute, fp32, random
 # initial weights: logits are below 10 in size.
 HF_LOGITS_ABS = 1e-4
+
+# Attention over context ranks against one process, norm of the difference over norm, fp32: the
+# same terms in another order. Measured at most 3e-7.
+CONTEXT_PARITY_FP32 = 2e-6
+
+# AdamW, 20 steps of size 1e-2 in fp32 against fp64, weights of size 1 to 4: each step rounds the
+# weight once and the moments a few times.
+ADAMW_FP32 = 3e-6
+
+# AdamW with bf16 moments against fp32 moments, five steps of size 1e-2: moments below 2 in size
+# lose up to 2^-9 of it per step, and the weight five times 1e-2 times as much.
+ADAMW_BF16_STATE = 1e-2

@@ -13,7 +13,7 @@ NCCL stream needs in order not to block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -69,19 +69,19 @@ class Transfer:
     def commit(self) -> None:
         """Start every message; buffers to be sent must not change until `finish`."""
         self._advance("new", "committed")
-        operations = [(dist.irecv, message) for message in self._receives]
-        operations += [(dist.isend, message) for message in self._sends]
-        if not operations:
+        messages = [*self._receives, *self._sends]
+        runs: list[Callable] = [dist.irecv] * len(self._receives) + [dist.isend] * len(self._sends)
+        if not messages:
             return
         try:
             self._works = dist.batch_isend_irecv(
                 [
                     dist.P2POp(run, m.buffer, group=self._group, tag=self._tag, group_peer=m.peer)
-                    for run, m in operations
+                    for run, m in zip(runs, messages, strict=True)
                 ]
             )
         except RuntimeError as error:
-            self._fail([message.peer for _, message in operations], error)
+            self._fail([message.peer for message in messages], error)
 
     def wait(self) -> list[torch.Tensor]:
         """Wait for what is received and hand it over, in the order of `receives`."""
@@ -135,7 +135,7 @@ def _find_lost(peer: int) -> int:
     """
     seen = {dist.get_rank()}
     try:
-        store = dist.group.WORLD.get_group_store()
+        store = dist.distributed_c10d._get_default_store()
         store.set(f"{_LOST_KEY}/{dist.get_rank()}", str(peer))
         while peer not in seen:
             seen.add(peer)

@@ -1,0 +1,131 @@
+"""What the processes do in tests of ranks that die, stop or disagree."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lclm.context.exchange import KEYS, Message, Transfer
+from lclm.context.plan import contiguous_plan, zigzag_plan
+from lclm.context.ring import ContextAttention, build_ring
+from lclm.context.row_plan import RowPlan
+from lclm.context.ulysses import build_ulysses
+
+CPU = torch.device("cpu")
+HEADS = (6, 2)
+ROW = 48
+
+
+def build(mode: str, plan: RowPlan, group: dist.ProcessGroup) -> ContextAttention:
+    """Attention of a mode on a row of `ROW` tokens."""
+    if mode == "ring":
+        return build_ring(plan, group, CPU)
+    return build_ulysses(plan, *HEADS, group, CPU)
+
+
+def local_tensors(group: dist.ProcessGroup) -> list[torch.Tensor]:
+    """Random q, k and v of one rank."""
+    heads = (HEADS[0], HEADS[1], HEADS[1])
+    return [torch.randn(ROW // group.size(), n, 8) for n in heads]
+
+
+def lose_rank(lost: int, how: str, mode: str) -> None:
+    """Attend again and again; after the first time rank `lost` is killed or stopped.
+
+    In the ring only neighbours share a document: with rank 0 lost, rank 2 misses rank 1, which went
+    because of rank 0.
+    """
+    group = dist.new_group(timeout=timedelta(seconds=6))
+    plan = contiguous_plan([ROW // 2, ROW // 2], group.size())
+    attend = build(mode, plan, group)
+    tensors = local_tensors(group)
+    attend(*tensors, 1.0)
+    dist.barrier()
+    if dist.get_rank() == lost:
+        os.kill(os.getpid(), signal.SIGKILL if how == "dies" else signal.SIGSTOP)
+    for _ in range(1000):
+        attend(*tensors, 1.0)
+
+
+def disagreements() -> list[str]:
+    """Rank 1 deals out the row in another way; the error text of this rank in each mode."""
+    group = dist.group.WORLD
+    texts = []
+    for mode in ("ring", "ulysses"):
+        deal = contiguous_plan if dist.get_rank() == 1 else zigzag_plan
+        attend = build(mode, deal([5, ROW - 5], group.size()), group)
+        with pytest.raises(ValueError, match="row plan") as caught:
+            attend(*local_tensors(group), 1.0)
+        texts.append(str(caught.value))
+    return texts
+
+
+def arrive_early() -> tuple[bool, float]:
+    """Whether a committed transfer arrives though nobody waits for it, and what arrives."""
+    rank, group = dist.get_rank(), dist.group.WORLD
+    sent = torch.full((1 << 20,), float(rank))
+    received = torch.empty_like(sent)
+    transfer = Transfer(
+        "test", group, KEYS, [Message(1 - rank, sent)], [Message(1 - rank, received)]
+    )
+    transfer.commit()
+    for _ in range(600):
+        if received[-1] == 1 - rank:
+            break
+        time.sleep(0.1)
+    arrived = bool((received == 1 - rank).all())
+    (found,) = transfer.wait()
+    transfer.finish()
+    return arrived, float(found.mean())
+
+
+def misuse() -> list[str]:
+    """What a transfer says to calls out of order."""
+    group, rank = dist.group.WORLD, dist.get_rank()
+
+    def build_transfer() -> Transfer:
+        value, room = torch.ones(2), torch.zeros(2)
+        return Transfer("t", group, KEYS, [Message(1 - rank, value)], [Message(1 - rank, room)])
+
+    def refusal(call: Callable[[], object]) -> str:
+        with pytest.raises(RuntimeError) as caught:
+            call()
+        return str(caught.value)
+
+    transfer = build_transfer()
+    texts = [refusal(transfer.wait), refusal(transfer.finish)]
+    transfer.commit()
+    texts += [refusal(transfer.commit), refusal(transfer.finish)]
+    assert transfer.wait()[0].tolist() == [1.0, 1.0]
+    texts += [refusal(transfer.wait)]
+    transfer.finish()
+    return [*texts, refusal(transfer.finish)]
+
+
+def misused_layers() -> list[str]:
+    """What attention says when a recomputed layer has no first forward, and to a second one."""
+    group = dist.group.WORLD
+    attend = build("ring", zigzag_plan([ROW], group.size()), group)
+    tensors = local_tensors(group)
+    with pytest.raises(RuntimeError) as early:
+        attend(*tensors, 1.0, 3)
+    with torch.no_grad():
+        attend(*tensors, 1.0, 3)
+        with pytest.raises(RuntimeError) as twice:
+            attend(*tensors, 1.0, 3)
+    attend(*tensors, 1.0, 3)
+    with pytest.raises(RuntimeError) as used_up:
+        attend(*tensors, 1.0, 3)
+    return [str(error.value) for error in (early, twice, used_up)]
+
+
+def two_ranks() -> tuple[tuple[bool, float], list[str], list[str]]:
+    """`arrive_early`, `misuse` and `misused_layers` in one set of processes."""
+    return arrive_early(), misuse(), misused_layers()

@@ -1,0 +1,57 @@
+"""What goes wrong between context ranks is said, by all who notice, and names the rank."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests import distributed
+from tests.context import failure_worker
+from tests.distributed import DistributedError, run_distributed
+
+
+def test_ranks_that_disagree_about_the_plan_all_raise() -> None:
+    for rank, texts in enumerate(run_distributed(failure_worker.disagreements, 3)):
+        others = "[0, 2]" if rank == 1 else "[1]"
+        for text in texts:
+            assert f"row plan: rank {rank} and rank(s) {others} of its context group" in text
+
+
+def test_transfers_fly_alone_and_refuse_misuse() -> None:
+    for rank, (early, refusals, layers) in enumerate(run_distributed(failure_worker.two_ranks, 2)):
+        assert early == (True, 1.0 - rank)
+        states = ["new", "new", "committed", "committed", "received", "finished"]
+        assert [re.search(r"is (\w+) and cannot", text)[1] for text in refusals] == states
+        assert "layer 3 is recomputed, but its first forward" in layers[0]
+        assert "layer 3 ran twice without gradients" in layers[1]
+        assert layers[2] == layers[0]
+
+
+def check_loss(monkeypatch: pytest.MonkeyPatch, lost: int, how: str, mode: str) -> None:
+    # Survivors wait for a word of the lost rank before they speak.
+    monkeypatch.setattr(distributed, "_GRACE_S", 20.0)
+    with pytest.raises(DistributedError) as caught:
+        run_distributed(failure_worker.lose_rank, 3, lost, how, mode, timeout=90)
+    parts = re.split(r"^rank (\d): ", str(caught.value), flags=re.MULTILINE)
+    texts = dict(zip(map(int, parts[1::2]), parts[2::2], strict=True))
+    for rank in {0, 1, 2} - {lost}:
+        assert "ExchangeError" in texts[rank]
+        assert f": rank {lost} is lost; rank {rank} was waiting for" in texts[rank]
+
+
+@pytest.mark.slow
+def test_a_dead_rank_is_named_also_by_those_who_did_not_talk_to_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check_loss(monkeypatch, 0, "dies", "ring")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("lost", "how", "mode"), [(2, "stops", "ring"), (1, "stops", "ulysses"), (2, "dies", "ulysses")]
+)
+def test_a_lost_rank_is_named(
+    monkeypatch: pytest.MonkeyPatch, lost: int, how: str, mode: str
+) -> None:
+    check_loss(monkeypatch, lost, how, mode)
