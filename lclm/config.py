@@ -160,8 +160,9 @@ class MixtureEntry(Section):
 
     prefix: str
     """Indexed file without its ending: `<prefix>.bin`, `<prefix>.idx`."""
-    packing: Literal["exact", "concat"]
-    """`exact`: equal pieces cut from long documents. `concat`: documents one after another."""
+    packing: Literal["exact", "concat", "best-fit"]
+    """`exact`: equal pieces cut from long documents. `concat`: documents one after another.
+    `best-fit`: whole documents, what they leave of a row is padding without labels."""
     piece_length: int = Field(default=0, ge=0)
     """`exact` only: tokens of a piece, dividing the stage's seq_length; 0: seq_length."""
     share: float = Field(gt=0, le=1)
@@ -398,8 +399,10 @@ def _check_mixture(where: str, stage: StageConfig) -> None:
         )
     for number, entry in enumerate(stage.mixture):
         name = f"{where}.mixture.{number}"
-        if entry.packing == "concat" and entry.piece_length:
-            raise ConfigError(f"{name}.piece_length has no effect with packing concat; remove it")
+        if entry.packing != "exact" and entry.piece_length:
+            raise ConfigError(
+                f"{name}.piece_length has no effect with packing {entry.packing}; remove it"
+            )
         if entry.piece_length and stage.seq_length % entry.piece_length:
             raise ConfigError(
                 f"{name}.piece_length({entry.piece_length}) must divide "

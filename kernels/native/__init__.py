@@ -1,5 +1,6 @@
 """Row packing and mixture assignment in C++ (C ABI, opened by ctypes), with a NumPy twin."""
 
+from lclm_kernels.native.best_fit import BestFitRows, pack_best_fit, seeded_order
 from lclm_kernels.native.ops import (
     ConcatRows,
     ExactPieces,
@@ -10,10 +11,13 @@ from lclm_kernels.native.ops import (
 )
 
 __all__ = [
+    "BestFitRows",
     "ConcatRows",
     "ExactPieces",
     "assign_rows",
     "load_native",
+    "pack_best_fit",
     "pack_concat",
     "pack_exact",
+    "seeded_order",
 ]

@@ -18,13 +18,15 @@ __all__ = [
     "ConcatRows",
     "ExactPieces",
     "assign_rows",
+    "check_lengths",
+    "choose_library",
     "load_native",
     "pack_concat",
     "pack_exact",
 ]
 
 LIBRARY_NAME = "liblclm_native.so"
-ABI = 1  # lclm_native_abi() of pack.cpp
+ABI = 2  # lclm_native_abi() of pack.cpp
 MAX_ENTRIES = 32767  # entries are numbered in int16
 _LOG = logging.getLogger("lclm_kernels")
 
@@ -33,9 +35,9 @@ class ConcatRows(NamedTuple):
     """Rows cut out of a stream; row r is the pieces row_start[r] .. row_start[r + 1]."""
 
     row_start: np.ndarray  # int64 [rows + 1]
-    place: np.ndarray  # int64 [pieces], index into the stream
-    offset: np.ndarray  # int64 [pieces], tokens into the document
-    length: np.ndarray  # int64 [pieces]
+    place: np.ndarray  # int32 [pieces], index into the stream
+    offset: np.ndarray  # int32 [pieces], tokens into the document
+    length: np.ndarray  # int32 [pieces]
     next_place: int  # document of the first unused token
     next_offset: int
 
@@ -43,7 +45,7 @@ class ConcatRows(NamedTuple):
 class ExactPieces(NamedTuple):
     """Pieces of fixed lengths cut out of a stream."""
 
-    pieces: list[tuple[np.ndarray, np.ndarray]]  # per target: place, offset, both int64 [need]
+    pieces: list[tuple[np.ndarray, np.ndarray]]  # per target: place, offset, both int32 [need]
     num_documents: int  # cut up; the next stage starts after them
     num_tail_tokens: int  # dropped because shorter than the shortest target
     num_unused_tokens: int  # in pieces that were cut but not needed
@@ -85,10 +87,16 @@ def _open(path: Path) -> ctypes.CDLL:
     library.lclm_pack_exact.restype = i32
     library.lclm_assign_rows.argtypes = [array, i32, i64, array]
     library.lclm_assign_rows.restype = None
+    library.lclm_pack_best_fit.argtypes = [array, i64, i64, i64, i32, array, array]
+    library.lclm_pack_best_fit.restype = i32
+    library.lclm_sort_best_fit.argtypes = [array, i64, i64, i64, i32, array, i64, *[array] * 4]
+    library.lclm_sort_best_fit.restype = None
+    library.lclm_seeded_order.argtypes = [ctypes.c_uint64, i64, array]
+    library.lclm_seeded_order.restype = None
     return library
 
 
-def _choose(implementation: str) -> ctypes.CDLL | None:
+def choose_library(implementation: str) -> ctypes.CDLL | None:
     """The library when it is to be used, None for the twin."""
     if implementation not in ("auto", "native", "reference"):
         raise ValueError(
@@ -104,13 +112,14 @@ def _choose(implementation: str) -> ctypes.CDLL | None:
     return library
 
 
-def _checked_lengths(lengths: np.ndarray) -> np.ndarray:
+def check_lengths(lengths: np.ndarray) -> np.ndarray:
+    """Contiguous, aligned int32 lengths; ValueError for another type or shape."""
     if lengths.ndim != 1 or lengths.dtype != np.int32:
         raise ValueError(
             f"native: lengths must be int32 of one dimension, got {lengths.dtype} of shape "
             f"{lengths.shape}; convert them"
         )
-    return np.ascontiguousarray(lengths)
+    return np.require(lengths, requirements=["C", "A"])
 
 
 def pack_concat(
@@ -135,7 +144,7 @@ def pack_concat(
     Raises:
         ValueError: lengths of another type, a negative number, an implementation that is not there.
     """
-    lengths = _checked_lengths(lengths)
+    lengths = check_lengths(lengths)
     if start_offset < 0 or row_length < 1 or num_rows < 0:
         raise ValueError(
             f"native: start_offset({start_offset}) >= 0, row_length({row_length}) >= 1 and "
@@ -146,7 +155,7 @@ def pack_concat(
             f"native: start_offset({start_offset}) lies behind the first document of "
             f"{lengths[:1].tolist()} tokens; start at the next document"
         )
-    library = _choose(implementation)
+    library = choose_library(implementation)
     if library is None:
         twin = reference.pack_concat(lengths, start_offset, row_length, num_rows)
         return None if twin is None else ConcatRows(*twin[:4], *twin[4])
@@ -155,7 +164,7 @@ def pack_concat(
     if num_pieces < 0:
         return None
     row_start = np.empty(num_rows + 1, np.int64)
-    place, offset, length = (np.empty(num_pieces, np.int64) for _ in range(3))
+    place, offset, length = (np.empty(num_pieces, np.int32) for _ in range(3))
     upcoming = np.empty(2, np.int64)
     outputs = (row_start, place, offset, length, upcoming)
     library.lclm_pack_concat(*request, *(item.ctypes.data for item in outputs))
@@ -185,7 +194,7 @@ def pack_exact(
         ValueError: lengths of another type, targets that do not fall, an implementation that is
             not there.
     """
-    lengths = _checked_lengths(lengths)
+    lengths = check_lengths(lengths)
     targets = np.ascontiguousarray(targets, np.int64)
     needs = np.ascontiguousarray(needs, np.int64)
     is_falling = len(targets) > 0 and bool((np.diff(targets) < 0).all()) and targets[-1] >= 1
@@ -194,11 +203,11 @@ def pack_exact(
             f"native: targets {targets.tolist()} must be positive and falling, with one need >= 0 "
             f"each, got {needs.tolist()}"
         )
-    library = _choose(implementation)
+    library = choose_library(implementation)
     if library is None:
         twin = reference.pack_exact(lengths, targets, needs)
         return None if twin is None else ExactPieces(twin[0], *twin[1])
-    place, offset = (np.empty(int(needs.sum()), np.int64) for _ in range(2))
+    place, offset = (np.empty(int(needs.sum()), np.int32) for _ in range(2))
     found = np.empty(len(targets), np.int64)
     stats = np.empty(3, np.int64)
     inputs = (lengths.ctypes.data, len(lengths), targets.ctypes.data, needs.ctypes.data)
@@ -234,7 +243,7 @@ def assign_rows(weights: np.ndarray, num_rows: int, implementation: str = "auto"
             f"native: 1 to {MAX_ENTRIES} weights, each at least 1, with a sum of at most 10^15 are "
             f"needed, got {len(weights)} weights {weights.tolist()[:8]}"
         )
-    library = _choose(implementation)
+    library = choose_library(implementation)
     if library is None:
         return reference.assign_rows(weights, num_rows)
     entry_of_row = np.empty(num_rows, np.int16)

@@ -9,7 +9,7 @@
 extern "C" {
 
 // Raised when the meaning of a function here changes; ops.py refuses a library of another number.
-int32_t lclm_native_abi() { return 1; }
+int32_t lclm_native_abi() { return 2; }
 
 // Cut a stream of documents into rows of row_length tokens; what is left of a document at the end
 // of a row starts the next row. With place == nullptr only counts.
@@ -19,8 +19,8 @@ int32_t lclm_native_abi() { return 1; }
 // next[2]: place and offset of the first unused token. Returns the number of pieces, or -1 when the
 // documents do not fill num_rows rows.
 int64_t lclm_pack_concat(const int32_t* lengths, int64_t num_documents, int64_t start_offset,
-                         int64_t row_length, int64_t num_rows, int64_t* row_start, int64_t* place,
-                         int64_t* offset, int64_t* length, int64_t* next) {
+                         int64_t row_length, int64_t num_rows, int64_t* row_start, int32_t* place,
+                         int32_t* offset, int32_t* length, int64_t* next) {
   int64_t pieces = 0;
   int64_t document = 0;
   int64_t at = start_offset;
@@ -36,9 +36,9 @@ int64_t lclm_pack_concat(const int32_t* lengths, int64_t num_documents, int64_t 
       const int64_t left = lengths[document] - at;
       const int64_t take = left < room ? left : room;
       if (place != nullptr) {
-        place[pieces] = document;
-        offset[pieces] = at;
-        length[pieces] = take;
+        place[pieces] = static_cast<int32_t>(document);
+        offset[pieces] = static_cast<int32_t>(at);
+        length[pieces] = static_cast<int32_t>(take);
       }
       ++pieces;
       at += take;
@@ -64,7 +64,7 @@ int64_t lclm_pack_concat(const int32_t* lengths, int64_t num_documents, int64_t 
 // found[num_targets]: pieces written of each. stats[3]: documents cut, tokens of tails shorter than
 // the last target, tokens of pieces cut but not needed. Returns 0, or -1 when documents ran out.
 int32_t lclm_pack_exact(const int32_t* lengths, int64_t num_documents, const int64_t* targets,
-                        const int64_t* needs, int32_t num_targets, int64_t* place, int64_t* offset,
+                        const int64_t* needs, int32_t num_targets, int32_t* place, int32_t* offset,
                         int64_t* found, int64_t* stats) {
   std::vector<int64_t> base(num_targets);
   int64_t wanted = 0;
@@ -81,8 +81,8 @@ int32_t lclm_pack_exact(const int32_t* lengths, int64_t num_documents, const int
     for (int32_t k = 0; k < num_targets; ++k) {
       while (lengths[document] - at >= targets[k]) {
         if (found[k] < needs[k]) {
-          place[base[k] + found[k]] = document;
-          offset[base[k] + found[k]] = at;
+          place[base[k] + found[k]] = static_cast<int32_t>(document);
+          offset[base[k] + found[k]] = static_cast<int32_t>(at);
           ++found[k];
           --wanted;
         } else {

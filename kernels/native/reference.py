@@ -30,7 +30,9 @@ def pack_concat(
     row_start = np.searchsorted(starts, rows, side="left").astype(np.int64)
     next_place = min(int(np.searchsorted(document_start, total, side="right")) - 1, len(lengths))
     next_offset = total - int(document_start[next_place]) if next_place < len(lengths) else 0
-    return row_start, place, offset, np.diff(borders), (next_place, next_offset)
+    length = np.diff(borders).astype(np.int32)
+    upcoming = (next_place, next_offset)
+    return row_start, place.astype(np.int32), offset.astype(np.int32), length, upcoming
 
 
 def pack_exact(
@@ -60,7 +62,7 @@ def pack_exact(
         place = np.repeat(np.arange(num_documents, dtype=np.int64), count_here)
         within = np.arange(len(place)) - np.repeat(running[:num_documents] - count_here, count_here)
         offset = np.repeat(first[:num_documents], count_here) + within * target
-        pieces.append((place[:need], offset[:need]))
+        pieces.append((place[:need].astype(np.int32), offset[:need].astype(np.int32)))
         num_unused_tokens += (int(count[:num_used].sum()) - need) * target
     return pieces, (num_used, int(rest[:num_used].sum()), num_unused_tokens)
 

@@ -5,12 +5,14 @@ num_docs counts the documents that are trained on. The order of an epoch and the
 documents depend on the seed, the document lengths and the epoch, on nothing else.
 """
 
+import functools
 import hashlib
 from typing import NamedTuple
 
 import numpy as np
 
 from lclm.data.indexed import IndexedReader
+from lclm_kernels.native import seeded_order as sort_by_key
 
 __all__ = ["Cursor", "Domain", "seeded_order"]
 
@@ -23,18 +25,13 @@ class Cursor(NamedTuple):
 
 
 def seeded_order(num_items: int, *key: object) -> np.ndarray:
-    """A permutation of 0 .. num_items - 1 that depends on num_items and key only, int64.
+    """A permutation of 0 .. num_items - 1 that depends on num_items and key only, int32.
 
-    Items are sorted by SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) of their number, started at a
-    SHA-256 of the key: unlike numpy.random, whose streams may change from version to version.
+    Items are sorted by SplitMix64 of their number, started at a SHA-256 of the key: unlike
+    numpy.random, whose streams may change from version to version.
     """
     digest = hashlib.sha256("\x1f".join(str(part) for part in key).encode()).digest()
-    start = np.uint64(int.from_bytes(digest[:8], "little"))
-    mixed = np.arange(1, num_items + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + start
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed ^= mixed >> np.uint64(31)
-    return np.argsort(mixed, kind="stable")
+    return sort_by_key(int.from_bytes(digest[:8], "little"), num_items)
 
 
 class Domain:
@@ -44,8 +41,10 @@ class Domain:
         prefix: as given.
         name: `domain` of `<prefix>.json`, else the last part of the prefix.
         reader: the indexed files.
-        train_docs, held_out_docs: int64, document numbers of the reader. held_out_docs is in
-            seeded order.
+        key: of the seed and the document lengths; decides every order.
+        num_docs: documents trained on in one epoch.
+        num_held_out: documents never trained on.
+        is_chat: documents are conversations, which best-fit never cuts.
     """
 
     def __init__(self, prefix: str, seed: int, held_out_fraction: float) -> None:
@@ -68,29 +67,46 @@ class Domain:
                 "again from input that is not empty"
             )
         self.name = str(self.reader.metadata.get("domain") or prefix.rsplit("/", 1)[-1])
-        lengths_hash = hashlib.sha256(self.reader.lengths.tobytes()).hexdigest()
-        self._key = (seed, lengths_hash)
+        lengths_hash = hashlib.sha256(np.ascontiguousarray(self.reader.lengths).data).hexdigest()
+        self.key = (seed, lengths_hash)
         num_held_out = round(held_out_fraction * num_docs)
         if held_out_fraction > 0 and num_docs >= 2:
             num_held_out = min(max(num_held_out, 1), num_docs - 1)
         else:
             num_held_out = 0
-        self.held_out_docs = seeded_order(num_docs, "held out", *self._key)[:num_held_out]
-        is_trained = np.ones(num_docs, bool)
-        is_trained[self.held_out_docs] = False
-        self.train_docs = np.flatnonzero(is_trained)
-        self.train_lengths = self.reader.lengths[self.train_docs]
+        self.is_chat = bool(self.reader.metadata.get("is_chat"))
+        self.num_held_out = num_held_out
+        self.num_docs = num_docs - num_held_out  # trained on in one epoch
 
-    @property
-    def num_docs(self) -> int:
-        """Documents trained on in one epoch."""
-        return len(self.train_docs)
+    @functools.cached_property
+    def held_out_docs(self) -> np.ndarray:
+        """int32 [num_held_out], document numbers of the reader in seeded order."""
+        if self.num_held_out == 0:
+            return np.empty(0, np.int32)
+        return seeded_order(len(self.reader), "held out", *self.key)[: self.num_held_out].copy()
+
+    @functools.cached_property
+    def train_docs(self) -> np.ndarray:
+        """int32 [num_docs], document numbers of the reader, rising."""
+        if self.num_held_out == 0:
+            return np.arange(self.num_docs, dtype=np.int32)
+        is_trained = np.ones(len(self.reader), bool)
+        is_trained[self.held_out_docs] = False
+        return np.flatnonzero(is_trained).astype(np.int32)
+
+    @functools.cached_property
+    def train_lengths(self) -> np.ndarray:
+        """int32 [num_docs], tokens of train_docs."""
+        return self.reader.lengths[self.train_docs] if self.num_held_out else self.reader.lengths
 
     def stream(self, first_ordinal: int, last_ordinal: int) -> np.ndarray:
-        """Document numbers of the ordinals [first, last), int64."""
+        """Document numbers of the ordinals [first, last), int32."""
         parts = []
         for epoch in range(first_ordinal // self.num_docs, -(-last_ordinal // self.num_docs)):
             start = epoch * self.num_docs
-            order = seeded_order(self.num_docs, "epoch", *self._key, epoch)
+            order = seeded_order(self.num_docs, "epoch", *self.key, epoch)
             parts.append(order[max(first_ordinal - start, 0) : last_ordinal - start])
-        return self.train_docs[np.concatenate(parts)] if parts else np.empty(0, np.int64)
+        if not parts:
+            return np.empty(0, np.int32)
+        places = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return self.train_docs[places] if self.num_held_out else places

@@ -6,6 +6,7 @@ borders D, int32[N] sequence lengths, int64[N] byte offsets, int64[D] borders co
 We write one sequence per document. A document without tokens has no sequence, only a border, as in
 Megatron-LM's own tool; readers here do not number such documents.
 `.json` says where the tokens come from (tokenizer, sources, options) and what they look like.
+`.weights`, where `.json` has weight_values: one byte per token, the number of its weight there.
 """
 
 import json
@@ -86,13 +87,17 @@ class IndexedReader:
                 f"{num_bytes} ({self.num_tokens} tokens of {self.dtype.itemsize} bytes); the file "
                 "is cut short or belongs to another index: copy or write both again"
             )
-        self.lengths, self._token_start = _documents(idx_path, lengths, borders)
-        expected = _starts(lengths) * self.dtype.itemsize
-        if not np.array_equal(pointers, expected):
+        if not _are_starts(pointers, lengths, self.dtype.itemsize):
             raise ValueError(
                 f"{idx_path}: its byte offsets do not follow from its lengths; the file is damaged:"
                 " write it again"
             )
+        if len(borders) == len(lengths) + 1 and lengths.all():
+            # a sequence per document: nothing to work out, the file itself serves
+            self.lengths, self._starts, self._start_unit = lengths, pointers, self.dtype.itemsize
+        else:
+            self.lengths, self._starts = _documents(idx_path, lengths, borders)
+            self._start_unit = 1
         # mmap refuses a file of no bytes
         self._tokens = (
             np.memmap(bin_path, dtype=self.dtype, mode="r").view(np.ndarray)
@@ -100,6 +105,19 @@ class IndexedReader:
             else np.empty(0, self.dtype)
         )
         self.metadata = _read_metadata(Path(self.prefix + ".json"), self.num_tokens)
+        self._weight_values = np.array(self.metadata.get("weight_values", []), np.float32)
+        self._weights = _open_weights(self.prefix, self.num_tokens) if self.has_weights else None
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether tokens count as targets by weights of their own (`read_weights`)."""
+        return len(self._weight_values) > 0
+
+    def read_weights(self, doc: int, offset: int, length: int) -> np.ndarray:
+        """float32 [length]: weight of each of these tokens as a target; see `read`."""
+        assert self._weights is not None, "has_weights says whether there are any"
+        start = int(self._starts[doc]) // self._start_unit + offset
+        return self._weight_values[self._weights[start : start + length]]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -120,7 +138,7 @@ class IndexedReader:
                 f"{self.prefix}: tokens [{offset}, {end}) are not inside document {doc} of "
                 f"{self.lengths[doc]} tokens"
             )
-        start = int(self._token_start[doc])
+        start = int(self._starts[doc]) // self._start_unit
         return self._tokens[start + offset : start + end]
 
 
@@ -164,6 +182,18 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarra
     return np.dtype(_DTYPES[code]), lengths, pointers, borders
 
 
+def _are_starts(pointers: np.ndarray, lengths: np.ndarray, itemsize: int) -> bool:
+    """Whether each pointer is the bytes of all sequences before it; in blocks, to save memory."""
+    start = 0
+    for at in range(0, len(lengths), INDEX_BLOCK):
+        ends = np.cumsum(lengths[at : at + INDEX_BLOCK], dtype=np.int64) * itemsize + start
+        block = pointers[at : at + INDEX_BLOCK]
+        if block[0] != start or not np.array_equal(block[1:], ends[:-1]):
+            return False
+        start = int(ends[-1])
+    return True
+
+
 def _starts(lengths: np.ndarray) -> np.ndarray:
     """int64 [N]: sum of the lengths before each."""
     starts = np.zeros(len(lengths) + 1, np.int64)
@@ -184,6 +214,18 @@ def _documents(
         )
     has_tokens = document_lengths > 0
     return document_lengths[has_tokens].astype(np.int32), token_borders[:-1][has_tokens]
+
+
+def _open_weights(prefix: str, num_tokens: int) -> np.ndarray:
+    """uint8 [num_tokens] of `<prefix>.weights`: number of each token's weight_values in .json."""
+    path = Path(prefix + ".weights")
+    size = path.stat().st_size if path.is_file() else -1
+    if size != num_tokens:
+        raise ValueError(
+            f"{path}: {'is missing' if size < 0 else f'has {size} bytes'}, the prefix has "
+            f"{num_tokens} tokens and its .json says that each has a weight; write it again"
+        )
+    return np.memmap(path, np.uint8, "r") if num_tokens else np.empty(0, np.uint8)
 
 
 def _read_metadata(path: Path, num_tokens: int) -> dict[str, Any]:

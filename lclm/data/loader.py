@@ -7,13 +7,21 @@ tens of bytes per row; tokens stay on disk until a row is read.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from lclm.data.domain import Cursor, Domain, seeded_order
 from lclm.data.indexed import IndexedReader
 from lclm.data.mixture import Entry, assign_rows, check_entries
-from lclm.data.rows import DomainRows, PackedRows, build_concat_rows, build_exact_rows
+from lclm.data.plan_cache import Plan, hash_plan, load_or_make
+from lclm.data.rows import (
+    DomainRows,
+    PackedRows,
+    build_best_fit_rows,
+    build_concat_rows,
+    build_exact_rows,
+)
 from lclm_kernels.native import pack_concat
 
 __all__ = ["Cursor", "HeldOutRows", "Row", "StageRows"]
@@ -24,20 +32,35 @@ class Row:
     """One packed sequence."""
 
     tokens: np.ndarray  # int64 [T]
-    doc_lengths: np.ndarray  # int64, tokens of each piece, adding up to T
+    doc_lengths: np.ndarray  # int64, tokens of each piece, adding up to T; padding is the last one
     domain: str
+    token_weights: np.ndarray | None = None  # float32 [T], of each token as a target; None: all 1
+
+
+PLAN_VERSION = 1  # raised when the same inputs give other rows
+PLAN_FIELDS = ("row_start", "doc", "offset", "length")  # of PackedRows
+PADDING_TOKEN = 0  # never a target, never seen from another piece
 
 
 def _read_row(domain: Domain, rows: PackedRows, number: int, seq_length: int) -> Row:
     first, last = rows.row_start[number : number + 2].tolist()
-    doc_lengths = rows.length[first:last]
+    doc_lengths = rows.length[first:last].astype(np.int64)
     docs, offsets = rows.doc[first:last].tolist(), rows.offset[first:last].tolist()
-    tokens = np.empty(seq_length, np.int64)
+    tokens = np.full(seq_length, PADDING_TOKEN, np.int64)
+    num_tokens = int(doc_lengths.sum())
+    weights: np.ndarray | None = None
+    if domain.reader.has_weights or num_tokens < seq_length:
+        weights = np.ones(seq_length, np.float32)
+        weights[num_tokens:] = 0
     at = 0
     for doc, offset, length in zip(docs, offsets, doc_lengths.tolist()):
         tokens[at : at + length] = domain.reader.read(doc, offset, length)
+        if weights is not None and domain.reader.has_weights:
+            weights[at : at + length] = domain.reader.read_weights(doc, offset, length)
         at += length
-    return Row(tokens, doc_lengths, domain.name)
+    if num_tokens < seq_length:
+        doc_lengths = np.append(doc_lengths, seq_length - num_tokens)
+    return Row(tokens, doc_lengths, domain.name, weights)
 
 
 class StageRows:
@@ -59,6 +82,7 @@ class StageRows:
         cursors: Mapping[str, Cursor | Sequence[int]] | None = None,
         held_out_fraction: float = 0.0,
         max_epochs: int = 1,
+        cache_dir: Path | None = None,
     ) -> None:
         """Plan the stage.
 
@@ -72,6 +96,7 @@ class StageRows:
                 as they come from JSON will do.
             held_out_fraction: of each domain's documents, never trained on.
             max_epochs: passes over one domain allowed, all stages together.
+            cache_dir: folder where plans are kept (see `plan_cache`); None: none are.
 
         Raises:
             ValueError: a rule of the mixture is broken, files cannot be read or come from different
@@ -86,40 +111,73 @@ class StageRows:
         self.num_rows = num_rows
         self._entries = list(entries)
         self._piece_lengths = check_entries(self._entries, seq_length)
-        self._entry_of_row = assign_rows([entry.share for entry in self._entries], num_rows)
-        self._rows_per_entry = np.bincount(self._entry_of_row, minlength=len(self._entries))
         self._domains = {
             prefix: Domain(prefix, seed, held_out_fraction)
             for prefix in dict.fromkeys(entry.prefix for entry in self._entries)
         }
         check_same_tokenizer([domain.reader for domain in self._domains.values()])
         self.next_cursors = {key: Cursor(*at) for key, at in (cursors or {}).items()}
-        self._parts: dict[str, DomainRows] = {}
-        self._rows: dict[int, PackedRows] = {}  # of each entry
-        self._first_cursors: dict[str, Cursor] = {}
-        for prefix, domain in self._domains.items():
-            self._pack(domain, self.next_cursors.get(prefix, Cursor()), max_epochs, where)
-        # which row of its entry each row of the stage is: epoch by epoch, shuffled within one
-        self._row_in_entry = np.empty(num_rows, np.int64)
-        for number, rows in self._rows.items():
-            shuffled = seeded_order(len(rows), "rows", seed, stage_index, number)
-            in_order = np.lexsort((shuffled, rows.epoch))
-            self._row_in_entry[self._entry_of_row == number] = in_order
+        self._first_cursors = {p: self.next_cursors.get(p, Cursor()) for p in self._domains}
+        inputs: list[object] = [PLAN_VERSION, seq_length, num_rows, seed, stage_index, max_epochs]
+        inputs += [
+            [self._domains[e.prefix].key, self._domains[e.prefix].num_held_out,
+             self._domains[e.prefix].is_chat, e.packing, length, e.share,
+             self._first_cursors[e.prefix]]
+            for e, length in zip(self._entries, self._piece_lengths)
+        ]  # fmt: skip
+        arrays, facts = load_or_make(
+            cache_dir, hash_plan(inputs), lambda: self._make_plan(seed, stage_index, max_epochs)
+        )
+        self._entry_of_row = arrays["entry_of_row"]
+        self._row_in_entry = arrays["row_in_entry"]
+        self._rows = [
+            PackedRows(*(arrays[f"{name}_{number}"] for name in PLAN_FIELDS))
+            for number in range(len(self._entries))
+        ]
+        self._rows_per_entry = np.bincount(self._entry_of_row, minlength=len(self._entries))
+        self._facts = dict(zip(self._domains, facts["domains"]))
+        for prefix, fact in self._facts.items():
+            self.next_cursors[prefix] = Cursor(*fact["next_cursor"])
 
-    def _pack(self, domain: Domain, cursor: Cursor, max_epochs: int, where: str) -> None:
-        mine = [n for n, entry in enumerate(self._entries) if entry.prefix == domain.prefix]
-        counts = [int(self._rows_per_entry[n]) for n in mine]
+    def _make_plan(self, seed: int, stage_index: int, max_epochs: int) -> Plan:
+        """Pack every domain and shuffle the rows of every entry."""
+        entry_of_row = assign_rows([entry.share for entry in self._entries], self.num_rows)
+        counts = np.bincount(entry_of_row, minlength=len(self._entries)).tolist()
+        row_in_entry = np.empty(self.num_rows, np.int64)
+        arrays = {"entry_of_row": entry_of_row, "row_in_entry": row_in_entry}
+        facts = []
+        for prefix, domain in self._domains.items():
+            mine = [n for n, entry in enumerate(self._entries) if entry.prefix == prefix]
+            part = self._pack(domain, mine, counts, max_epochs, f"stage.{stage_index}")
+            for number, rows, epoch in zip(mine, part.rows, part.epochs):
+                for name in PLAN_FIELDS:
+                    arrays[f"{name}_{number}"] = getattr(rows, name)
+                # which row of its entry each row of the stage is: epoch by epoch, shuffled within
+                shuffled = seeded_order(len(rows), "rows", seed, stage_index, number)
+                row_in_entry[entry_of_row == number] = np.lexsort((shuffled, epoch))
+            facts.append(
+                {
+                    "next_cursor": list(part.next_cursor),
+                    "tail_tokens": part.num_tail_tokens,
+                    "unused_tokens": part.num_unused_tokens,
+                    "padding_tokens": part.num_padding_tokens,
+                    "dropped_docs": part.num_dropped_docs,
+                }
+            )
+        return arrays, {"domains": facts}
+
+    def _pack(
+        self, domain: Domain, mine: list[int], counts: list[int], max_epochs: int, where: str
+    ) -> DomainRows:
+        needs = [counts[n] for n in mine]
+        request = (domain, self._first_cursors[domain.prefix], self.seq_length)
+        packing = self._entries[mine[0]].packing
+        if packing == "concat":
+            return build_concat_rows(*request, needs[0], max_epochs, where)
+        if packing == "best-fit":
+            return build_best_fit_rows(*request, needs[0], max_epochs, where)
         lengths = [self._piece_lengths[n] for n in mine]
-        request = (domain, cursor, self.seq_length)
-        if self._entries[mine[0]].packing == "concat":
-            part = build_concat_rows(*request, counts[0], max_epochs, where)
-        else:
-            part = build_exact_rows(*request, lengths, counts, max_epochs, where)
-        self._parts[domain.prefix] = part
-        for number, rows in zip(mine, part.rows):
-            self._rows[number] = rows
-        self._first_cursors[domain.prefix] = cursor
-        self.next_cursors[domain.prefix] = part.next_cursor
+        return build_exact_rows(*request, lengths, needs, max_epochs, where)
 
     def __len__(self) -> int:
         return self.num_rows
@@ -167,13 +225,19 @@ class StageRows:
                 f"{count * self.seq_length} tokens"
             )
         for prefix, domain in self._domains.items():
-            part = self._parts[prefix]
+            fact = self._facts[prefix]
             first = self._first_cursors[prefix].ordinal / domain.num_docs
             last = self.next_cursors[prefix].ordinal / domain.num_docs
+            dropped = {
+                f"{fact['tail_tokens']} tokens of tails dropped": True,
+                f"{fact['unused_tokens']} in pieces not needed": True,
+                f"{fact['padding_tokens']} of padding": fact["padding_tokens"],
+                f"{fact['dropped_docs']} conversations longer than a row left out": domain.is_chat,
+            }
             lines.append(
                 f"{prefix}: epochs {first:.3f} to {last:.3f} of {domain.num_docs} documents "
-                f"({len(domain.held_out_docs)} more held out), {part.num_tail_tokens} tokens of "
-                f"tails dropped, {part.num_unused_tokens} in pieces not needed"
+                f"({domain.num_held_out} more held out), "
+                + ", ".join(text for text, is_said in dropped.items() if is_said)
             )
         return "\n".join(lines)
 
@@ -210,8 +274,7 @@ class HeldOutRows:
         packed = pack_concat(np.tile(lengths, repeats), 0, seq_length, self.num_rows)
         assert packed is not None, "documents are repeated until they fill the rows"
         doc = np.tile(docs, repeats)[packed.place]
-        epoch = np.zeros(self.num_rows, np.int64)
-        self._rows = PackedRows(packed.row_start, doc, packed.offset, packed.length, epoch)
+        self._rows = PackedRows(packed.row_start, doc, packed.offset, packed.length)
 
     def __len__(self) -> int:
         return self.num_rows

@@ -12,7 +12,7 @@ __all__ = ["Entry", "MixtureEntry", "assign_rows", "check_entries"]
 
 SHARE_TOLERANCE = 1e-6
 SHARE_UNITS = 10**12  # shares are rounded to 1e-12: 5e-5 rows of error after 10^8 rows
-PACKINGS = ("exact", "concat")
+PACKINGS = ("exact", "concat", "best-fit")
 
 
 class Entry(Protocol):
@@ -33,7 +33,7 @@ class MixtureEntry:
     """One part of a stage: an indexed prefix, how its documents become rows, its share."""
 
     prefix: str
-    packing: str  # exact | concat
+    packing: str  # exact | concat | best-fit
     piece_length: int  # tokens, exact only; 0: seq_length
     share: float  # of the stage's tokens
 
@@ -76,9 +76,10 @@ def check_entries(entries: Sequence[Entry], seq_length: int) -> list[int]:
         if entry.packing not in PACKINGS:
             raise ValueError(f"{where}: packing={entry.packing!r}; use one of {PACKINGS}")
         length = entry.piece_length or seq_length
-        if entry.packing == "concat" and length != seq_length:
+        if entry.packing != "exact" and length != seq_length:
             raise ValueError(
-                f"{where}: piece_length({length}) has no effect with packing concat; remove it"
+                f"{where}: piece_length({length}) has no effect with packing {entry.packing}; "
+                "remove it"
             )
         if length < 1 or seq_length % length:
             raise ValueError(

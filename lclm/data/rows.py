@@ -3,7 +3,9 @@
 `exact` (ProLong, arXiv 2410.02660 A.2): each document is cut from the front into the longest piece
 length it still fills; the tail below the smallest is dropped and counted; a row is
 seq_length / piece_length pieces of one length. `concat`: documents one after another, cut at the
-end of each row, the remainder opening the next row.
+end of each row, the remainder opening the next row. `best-fit`: whole documents, each in the row
+with the least room that holds it (online best fit: D. S. Johnson, Fast algorithms for bin packing,
+JCSS 8, 1974); what no document fills is padding.
 """
 
 from collections.abc import Sequence
@@ -12,9 +14,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from lclm.data.domain import Cursor, Domain
-from lclm_kernels.native import pack_concat, pack_exact
+from lclm_kernels.native import pack_best_fit, pack_concat, pack_exact
 
-__all__ = ["DomainRows", "PackedRows", "build_concat_rows", "build_exact_rows"]
+__all__ = [
+    "DomainRows",
+    "PackedRows",
+    "build_best_fit_rows",
+    "build_concat_rows",
+    "build_exact_rows",
+]
 
 
 @dataclass(frozen=True)
@@ -22,10 +30,9 @@ class PackedRows:
     """Rows as pieces of documents: row r is the pieces row_start[r] .. row_start[r + 1]."""
 
     row_start: np.ndarray  # int64 [R + 1]
-    doc: np.ndarray  # int64 [P], document number of the reader
-    offset: np.ndarray  # int64 [P], first token of the piece in its document
-    length: np.ndarray  # int64 [P], tokens
-    epoch: np.ndarray  # int64 [R], epoch of the row's first piece
+    doc: np.ndarray  # int32 [P], document number of the reader
+    offset: np.ndarray  # int32 [P], first token of the piece in its document
+    length: np.ndarray  # int32 [P], tokens
 
     def __len__(self) -> int:
         return len(self.row_start) - 1
@@ -36,9 +43,12 @@ class DomainRows:
     """What one domain gives to one stage."""
 
     rows: list[PackedRows]  # in the order of the piece lengths asked for
+    epochs: list[np.ndarray]  # of each of rows: int64 [R], epoch of the row's first piece
     next_cursor: Cursor
     num_tail_tokens: int  # dropped: shorter than the smallest piece
     num_unused_tokens: int  # cut to a piece length that had enough pieces already
+    num_padding_tokens: int = 0  # best-fit: room that no document fills
+    num_dropped_docs: int = 0  # conversations longer than a row
 
 
 def build_concat_rows(
@@ -73,15 +83,10 @@ def build_concat_rows(
     packed = pack_concat(domain.reader.lengths[docs], cursor.offset, row_length, num_rows)
     assert packed is not None, "the token count above promised enough documents"
     first_piece = packed.place[packed.row_start[:-1]]
-    rows = PackedRows(
-        packed.row_start,
-        docs[packed.place],
-        packed.offset,
-        packed.length,
-        epoch + (place + first_piece) // domain.num_docs,
-    )
+    rows = PackedRows(packed.row_start, docs[packed.place], packed.offset, packed.length)
+    epochs = epoch + (place + first_piece.astype(np.int64)) // domain.num_docs
     next_cursor = Cursor(cursor.ordinal + packed.next_place, packed.next_offset)
-    return DomainRows([rows], next_cursor, 0, 0)
+    return DomainRows([rows], [epochs], next_cursor, 0, 0)
 
 
 def build_exact_rows(
@@ -113,14 +118,17 @@ def build_exact_rows(
         docs = np.concatenate([docs, more])
     packed = pack_exact(domain.reader.lengths[docs], targets, needs)
     assert packed is not None, "the piece counts above promised enough documents"
-    rows: list[PackedRows | None] = [None] * len(falling)
+    rows: dict[int, PackedRows] = {}
+    epochs: dict[int, np.ndarray] = {}
     for i, (place, offset) in zip(falling, packed.pieces):
         row_start = np.arange(num_rows[i] + 1, dtype=np.int64) * (row_length // piece_lengths[i])
-        length = np.full(len(place), piece_lengths[i], np.int64)
-        first_piece = first_ordinal + place[row_start[:-1]]
-        rows[i] = PackedRows(row_start, docs[place], offset, length, first_piece // domain.num_docs)
+        length = np.full(len(place), piece_lengths[i], np.int32)
+        first_piece = first_ordinal + place[row_start[:-1]].astype(np.int64)
+        rows[i] = PackedRows(row_start, docs[place], offset, length)
+        epochs[i] = first_piece // domain.num_docs
     return DomainRows(
-        [packed_rows for packed_rows in rows if packed_rows is not None],
+        [rows[i] for i in range(len(falling))],
+        [epochs[i] for i in range(len(falling))],
         Cursor(first_ordinal + packed.num_documents),
         packed.num_tail_tokens,
         packed.num_unused_tokens,
@@ -170,3 +178,50 @@ def _count_pieces(lengths: np.ndarray, targets: np.ndarray) -> list[int]:
         pieces, rest = np.divmod(rest, target)
         counts.append(int(pieces.sum()))
     return counts
+
+
+def build_best_fit_rows(
+    domain: Domain, cursor: Cursor, row_length: int, num_rows: int, max_epochs: int, where: str
+) -> DomainRows:
+    """The next num_rows rows of whole documents, starting at cursor.
+
+    A document longer than a row is cut from the front into rows, what is left of it being packed
+    like a document; a conversation longer than a row is left out. A document that an earlier stage
+    used in part is left out.
+
+    Raises:
+        ValueError: more than max_epochs passes over the domain are needed.
+    """
+    first = cursor.ordinal + (1 if cursor.offset else 0)
+    epoch = first // domain.num_docs
+    docs = domain.stream(first, (epoch + 1) * domain.num_docs)
+    while True:
+        lengths = domain.reader.lengths[docs]
+        packed = None
+        if epoch < max_epochs:
+            packed = pack_best_fit(lengths, row_length, num_rows, domain.is_chat)
+        if packed is not None:
+            break
+        epoch += 1
+        if epoch >= max_epochs:
+            num_tokens = int(lengths.sum(dtype=np.int64)) if epoch == max_epochs else 0
+            raise ValueError(
+                f"{where}: {domain.prefix} needs {num_rows} rows of {row_length} tokens, its "
+                f"{num_tokens} tokens left of {max_epochs} epochs of {domain.num_docs} documents "
+                "fill fewer; lower its share or the stage's tokens, raise data.max_epochs, or add "
+                "data"
+            )
+        more = domain.stream(epoch * domain.num_docs, (epoch + 1) * domain.num_docs)
+        docs = np.concatenate([docs, more])
+    first_place = packed.place[packed.row_start[:-1]].astype(np.int64)
+    rows = PackedRows(packed.row_start, docs[packed.place], packed.offset, packed.length)
+    num_tokens = int(packed.length.sum(dtype=np.int64))
+    return DomainRows(
+        [rows],
+        [(first + first_place) // domain.num_docs],
+        Cursor(first + packed.num_documents),
+        0,
+        packed.num_unused_tokens,
+        num_rows * row_length - num_tokens,
+        packed.num_dropped,
+    )

@@ -85,6 +85,7 @@ class LlamaModel(LanguageModule):
         labels_T: torch.Tensor,
         row: RowContext,
         return_logits: bool = False,
+        label_weights_T: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run this stage on the local tokens of one row.
 
@@ -93,6 +94,7 @@ class LlamaModel(LanguageModule):
             labels_T: int64 `[T]`, -100 where there is none.
             row: the row's context.
             return_logits: give the logits `[T, V / tp]` instead of the loss (last stage).
+            label_weights_T: fp32 `[T]`, factor of each label's loss; None: all 1.
 
         Returns:
             The sum of the local tokens' losses in nats (fp32 scalar) on the last stage, the
@@ -124,5 +126,6 @@ class LlamaModel(LanguageModule):
             vocab_start=self.pg_collection.tp.rank() * weight.shape[0],
             group=self.pg_collection.tp if self.pg_collection.tp.size() > 1 else None,
             chunk_tokens=self.loss_chunk_tokens,
+            label_weights=label_weights_T,
         )
         return loss_sum

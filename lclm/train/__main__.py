@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from lclm.config import Config
 from lclm.config_file import load_config
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from lclm.train.stages import plan_stages
 
         mesh = build_mesh(config)
-        planned = plan_stages(config)
+        planned = plan_stages(config, Path(config.run.dir) / "plans")
         from lclm.train.loop import Run
 
         run = Run(config, mesh, planned)

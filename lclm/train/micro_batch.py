@@ -13,7 +13,7 @@ from lclm.context.gather import GatheredAttention, LocalAttention
 from lclm.context.plan import RowPlan, build_row_plan
 from lclm.context.ring import build_ring
 from lclm.context.ulysses import build_ulysses
-from lclm.data.batch import build_labels
+from lclm.data.batch import build_label_weights, build_labels
 from lclm.data.loader import Row
 from lclm.mesh import Mesh
 from lclm.model.row import Attend, RowContext
@@ -31,8 +31,10 @@ class MicroBatch:
     """int64 `[1, T]`."""
     labels_T: torch.Tensor
     """int64 `[T]`, -100 where there is no label."""
+    label_weights_T: torch.Tensor | None
+    """float32 `[T]`, factor of each label's loss; None: all 1."""
     num_labels: int
-    """Labels on this rank."""
+    """Labels on this rank, those of weight 0 left out."""
     domain: str
     """Name of the domain that the row was drawn from."""
     row: RowContext
@@ -59,6 +61,9 @@ class MicroBatchBuilder:
         A row that is not counted has no labels: it keeps ranks in step and changes no sum.
         """
         labels = build_labels(row.tokens, row.doc_lengths)
+        weights = None
+        if row.token_weights is not None:
+            weights = build_label_weights(row.token_weights, row.doc_lengths, labels)
         if not is_counted:
             labels[:] = IGNORED
         doc_lengths = row.doc_lengths if self._document_mask else np.array([len(row.tokens)])
@@ -69,6 +74,9 @@ class MicroBatchBuilder:
         return MicroBatch(
             tokens_BT=torch.from_numpy(row.tokens[positions]).to(device)[None],
             labels_T=torch.from_numpy(local_labels).to(device),
+            label_weights_T=(
+                None if weights is None else torch.from_numpy(weights[positions]).to(device)
+            ),
             num_labels=int((local_labels != IGNORED).sum()),
             domain=row.domain,
             row=self._row_context(plan, positions),

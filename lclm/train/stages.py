@@ -38,8 +38,12 @@ def find_position(config: Config, step: int) -> Position:
     raise AssertionError("a configuration has at least one stage")
 
 
-def plan_stages(config: Config) -> list[StageRows]:
+def plan_stages(config: Config, cache_dir: Path | None = None) -> list[StageRows]:
     """Decide every row of the run, stage after stage, each domain going on where it stopped.
+
+    Args:
+        config: a checked configuration.
+        cache_dir: where plans are kept for the next start; None: nowhere.
 
     Raises:
         ValueError: if files are missing, a domain is too small for its share, or token ids may
@@ -57,6 +61,7 @@ def plan_stages(config: Config) -> list[StageRows]:
                 cursors=planned[-1].next_cursors if planned else {},
                 held_out_fraction=config.data.held_out_fraction,
                 max_epochs=config.data.max_epochs,
+                cache_dir=cache_dir,
             )
         )
         for prefix, size in planned[-1].vocab_sizes.items():

@@ -125,7 +125,9 @@ class Engine:
     ) -> tuple[torch.Tensor, Any]:
         """Megatron-core's callback: output of this stage and what turns it into a loss."""
         batch = next(micro_batches)
-        output = model(batch.tokens_BT, batch.labels_T, batch.row)
+        output = model(
+            batch.tokens_BT, batch.labels_T, batch.row, label_weights_T=batch.label_weights_T
+        )
         return output, partial(self._report_loss, batch)
 
     def _report_loss(

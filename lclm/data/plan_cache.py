@@ -1,0 +1,89 @@
+"""Row plans kept as memory-mapped files, keyed by a hash of all they follow from.
+
+    <folder>/<key>/NAME.npy    one array each
+    <folder>/<key>/facts.json  the small numbers
+    <folder>/<key>.lock        held by the process that makes them
+
+A plan is made by the first process that asks, beside, and gets its name in one step; the others
+wait and map the same pages.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lclm.data.indexed import temporary_name
+
+__all__ = ["Plan", "hash_plan", "load_or_make"]
+
+FACTS = "facts.json"
+_LOG = logging.getLogger("lclm.data")
+
+Plan = tuple[Mapping[str, np.ndarray], dict[str, Any]]  # arrays by name, facts for JSON
+
+
+def hash_plan(inputs: object) -> str:
+    """Key of a plan: SHA-256 of its inputs as JSON, 32 hex digits."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def load_or_make(folder: Path | None, key: str, make: Callable[[], Plan]) -> Plan:
+    """The plan of this key, made by `make` where it is not there yet.
+
+    Args:
+        folder: of the cache; None: nothing is kept.
+        key: from `hash_plan`.
+        make: gives the arrays, names being file names, and facts; what it raises goes on.
+
+    Raises:
+        ValueError: a kept plan is damaged.
+    """
+    if folder is None:
+        return make()
+    target = folder / key
+    if not target.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / f"{key}.lock", "wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.is_dir():
+                _write(target, *make())
+    start = time.perf_counter()
+    try:
+        facts = json.loads((target / FACTS).read_text(encoding="utf-8"))
+        arrays = {
+            name: _map(target / f"{name}.npy", size) for name, size in facts["arrays"].items()
+        }
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{target}: is damaged ({error}); delete it to plan again") from error
+    _LOG.debug("rows: plan %s mapped in %.3f s", key, time.perf_counter() - start)
+    return arrays, facts["facts"]
+
+
+def _map(path: Path, size: int) -> np.ndarray:
+    array = np.load(path, mmap_mode="r")
+    if len(array) != size:
+        raise ValueError(f"{path.name} has {len(array)} items instead of {size}")
+    return array.view(np.ndarray)
+
+
+def _write(target: Path, arrays: Mapping[str, np.ndarray], facts: dict[str, Any]) -> None:
+    beside = Path(temporary_name(str(target)))
+    beside.mkdir()
+    try:
+        for name, array in arrays.items():
+            np.save(beside / f"{name}.npy", array)
+        sizes = {name: len(array) for name, array in arrays.items()}
+        text = json.dumps({"arrays": sizes, "facts": facts})
+        (beside / FACTS).write_text(text, encoding="utf-8")
+        os.rename(beside, target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
