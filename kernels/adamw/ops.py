@@ -1,13 +1,23 @@
 """AdamW for fp32 (master) parameters."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..backend import AUTO, Candidate, choose, triton_candidate
 from .reference import adamw_step_reference
 
+if TYPE_CHECKING:
+    from .triton_impl import AdamWTables
+
 __all__ = ["AdamW"]
+
+_CANDIDATES = (
+    triton_candidate(torch.float32),
+    Candidate("reference", ("cpu", "cuda"), (torch.float32,)),
+)
+_STATE_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class AdamW(torch.optim.Optimizer):
@@ -23,9 +33,12 @@ class AdamW(torch.optim.Optimizer):
         betas: decay rates of the two moments, each in [0, 1).
         eps: added to the denominator, > 0.
         weight_decay: >= 0; a group may override it.
+        state_dtype: of both moments, fp32 or bf16; the arithmetic is in fp32.
+        implementation: "auto", "triton" (one launch per group) or "reference".
 
     Raises:
-        ValueError: a number outside its range, in the defaults or in a group.
+        ValueError: a number outside its range, in the defaults or in a group, or another
+            state_dtype.
     """
 
     def __init__(
@@ -35,7 +48,16 @@ class AdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.1,
+        state_dtype: torch.dtype = torch.float32,
+        implementation: str = AUTO,
     ) -> None:
+        if state_dtype not in _STATE_DTYPES:
+            raise ValueError(
+                f"adamw: state_dtype must be torch.float32 or torch.bfloat16, got {state_dtype}"
+            )
+        self.state_dtype = state_dtype
+        self.implementation = implementation
+        self._tables: dict[int, AdamWTables] = {}  # by number of the group
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -51,11 +73,18 @@ class AdamW(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def initialize_state(self, param: torch.Tensor) -> None:
-        """Give a parameter zero moments (fp32, its shape); existing moments are replaced."""
+        """Give a parameter zero moments of its shape; existing moments are replaced."""
         for name in ("exp_avg", "exp_avg_sq"):
             self.state[param][name] = torch.zeros_like(
-                param, dtype=torch.float32, memory_format=torch.preserve_format
+                param, dtype=self.state_dtype, memory_format=torch.preserve_format
             )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load; see torch.optim.Optimizer, which makes moments as wide as their parameters."""
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = state[name].to(self.state_dtype)
 
     @torch.no_grad()
     def step(  # type: ignore[override]  # torch spells the closure's result out in overloads
@@ -83,18 +112,50 @@ class AdamW(torch.optim.Optimizer):
             for param in params:
                 if "exp_avg" not in self.state[param]:
                     self.initialize_state(param)
-            adamw_step_reference(
-                params,
-                grads,
-                [self.state[param]["exp_avg"] for param in params],
-                [self.state[param]["exp_avg_sq"] for param in params],
-                step=group["step"],
-                lr=group["lr"],
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-            )
+            self._step_group(index, group, params, grads)
         return loss
+
+    def _step_group(
+        self,
+        index: int,
+        group: dict[str, Any],
+        params: list[torch.Tensor],
+        grads: list[torch.Tensor],
+    ) -> None:
+        tensors = (
+            params,
+            grads,
+            [self.state[param]["exp_avg"] for param in params],
+            [self.state[param]["exp_avg_sq"] for param in params],
+        )
+        settings = {name: group[name] for name in ("step", "lr", "betas", "eps", "weight_decay")}
+        refused = {"triton": _triton_refusal(tensors)}
+        wish, first = self.implementation, params[0]
+        chosen = choose("adamw", wish, first.device, first.dtype, _CANDIDATES, refused)
+        if chosen == "reference":
+            adamw_step_reference(*tensors, **settings)
+            return
+        from .triton_impl import AdamWTables
+
+        self._tables.setdefault(index, AdamWTables()).step(*tensors, **settings)
+
+
+def _triton_refusal(tensors: tuple[list[torch.Tensor], ...]) -> str:
+    """Why one launch cannot serve these parameters, gradients and moments; empty if it can."""
+    state_dtypes = {state.dtype for states in tensors[2:] for state in states}
+    if len(state_dtypes) > 1 or not state_dtypes.issubset(_STATE_DTYPES):
+        return f"takes moments of one dtype, fp32 or bf16, these are {state_dtypes}"
+    if len({tensor.device for kind in tensors for tensor in kind}) > 1:
+        return "takes tensors of one device"
+    for param, *others in zip(*tensors):
+        is_dense = param.is_contiguous() or (param.dim() == 2 and param.t().is_contiguous())
+        if not is_dense or any(other.stride() != param.stride() for other in others):
+            strides = [tensor.stride() for tensor in (param, *others)]
+            return (
+                "takes parameters without gaps whose gradients and moments are laid out alike, "
+                f"one of {list(param.shape)} has strides {strides}"
+            )
+    return ""
 
 
 def _check_numbers(group: dict[str, Any]) -> None:

@@ -23,7 +23,8 @@ def adamw_step_reference(
     The order of the operations is torch.optim.AdamW's, so that the numbers are the same.
 
     Args:
-        params, grads, exp_avgs, exp_avg_sqs: fp32 tensors, one of each per parameter.
+        params, grads, exp_avgs, exp_avg_sqs: one of each per parameter, fp32; moments may be of a
+            narrower dtype, to which they are rounded after the step.
         step: number of this step, from 1.
         lr: learning rate; the decay multiplies the weights by 1 - lr * weight_decay.
     """
@@ -39,6 +40,10 @@ def adamw_step_reference(
                 weight_decay=weight_decay,
             )
         return
+    narrow = []
+    if exp_avgs and exp_avgs[0].dtype != torch.float32:
+        narrow = [*exp_avgs, *exp_avg_sqs]
+        exp_avgs, exp_avg_sqs = ([x.float() for x in states] for states in (exp_avgs, exp_avg_sqs))
     beta1, beta2 = betas
     if weight_decay != 0.0:
         torch._foreach_mul_(params, 1.0 - lr * weight_decay)
@@ -49,3 +54,5 @@ def adamw_step_reference(
     torch._foreach_div_(denominators, (1.0 - beta2**step) ** 0.5)
     torch._foreach_add_(denominators, eps)
     torch._foreach_addcdiv_(params, exp_avgs, denominators, -lr / (1.0 - beta1**step))
+    if narrow:
+        torch._foreach_copy_(narrow, [*exp_avgs, *exp_avg_sqs])
