@@ -1,0 +1,165 @@
+"""Compile every Triton kernel as the trainer launches it, without a GPU, and count what it uses.
+
+    python tests/aot/compile_all.py                  print the table of all cases
+    python tests/aot/compile_all.py --only rope      of the cases whose name holds a word
+    python tests/aot/compile_all.py --write-budget   and make it the budget of this Triton version
+    python tests/aot/compile_all.py --json FILE      and write it for a program to read
+
+Run by test_compile.py in a process of its own: a process that has Triton's interpreter cannot
+compile. Exit code 0 if everything compiled, 1 if something did not.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lclm_kernels.compile_case import CompileCase
+
+KERNELS = Path(importlib.util.find_spec("lclm_kernels").submodule_search_locations[0])
+TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
+BUDGET = Path(__file__).with_name(f"budget_triton_{triton.__version__}.tsv")
+COLUMNS = ("registers", "spill_bytes", "shared_bytes", "tensor_core", "tma", "serialized")
+
+
+def all_cases() -> list[CompileCase]:
+    """The cases of every operator that has Triton kernels."""
+    cases = []
+    for path in sorted(KERNELS.glob("*/compile_cases.py")):
+        module = importlib.import_module(f"lclm_kernels.{path.parent.name}.compile_cases")
+        cases += module.compile_cases()
+    names = [case.name for case in cases]
+    assert len(set(names)) == len(names), [n for n, count in Counter(names).items() if count > 1]
+    return cases
+
+
+def compile_case(case: CompileCase, architecture: int) -> dict[str, int]:
+    """Compile one case and count what its machine code uses, by the names in COLUMNS."""
+    names = case.kernel.arg_names
+    assert set(names) == set(case.signature) | set(case.constexprs), case.name
+    signature = {n: "constexpr" if n in case.constexprs else case.signature[n] for n in names}
+    is_aligned = {
+        n: n not in case.unaligned and (kind.startswith("*") or kind in ("i32", "i64"))
+        for n, kind in signature.items()
+    }
+    source = ASTSource(
+        fn=case.kernel,
+        signature=signature,
+        constexprs={(names.index(n),): value for n, value in case.constexprs.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in names if is_aligned[n]},
+    )
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", architecture, 32), options=dict(case.options)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
+        cubin.write_bytes(compiled.asm["cubin"])
+        ptx.write_text(compiled.asm["ptx"])
+        usage = _run("cuobjdump", "-res-usage", cubin)
+        opcodes = _count_opcodes(_run("nvdisasm", "-c", cubin))
+        serialized = 0
+        if "wgmma" in compiled.asm["ptx"]:
+            # C7510 to C7515: ptxas waits after each wgmma where it should run them together
+            log = _run("ptxas", "-v", f"--gpu-name=sm_{architecture}a", ptx, "-o", cubin)
+            serialized = len(re.findall(r"C75\d\d", log))
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
+        "spill_bytes": int(re.search(r"STACK:(\d+)", usage).group(1)),
+        "shared_bytes": compiled.metadata.shared,
+        "tensor_core": opcodes["HGMMA"] + opcodes["HMMA"],
+        "tma": sum(count for name, count in opcodes.items() if name.startswith("UTMA")),
+        "serialized": serialized,
+    }
+
+
+def _run(tool: str, *arguments: object) -> str:
+    finished = subprocess.run(
+        [TOOLS / tool, *map(str, arguments)], check=True, capture_output=True, text=True
+    )
+    return finished.stdout + finished.stderr
+
+
+def _count_opcodes(listing: str) -> Counter[str]:
+    """Machine instructions by name, without their suffixes."""
+    return Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z0-9]+)", listing, re.M))
+
+
+def _compile_numbered(job: tuple[int, int]) -> tuple[str, dict[str, int] | str]:
+    number, architecture = job
+    case = all_cases()[number]
+    key = f"{case.name} sm_{architecture}"
+    try:
+        return key, compile_case(case, architecture)
+    except Exception as error:  # reported with the others: one case must not hide the rest
+        return key, f"{type(error).__name__}: {error}"
+
+
+def compile_all(only: str = "", num_processes: int = 2) -> dict[str, dict[str, int] | str]:
+    """Usage by "case name sm_NN", or what went wrong, in the order of the cases."""
+    jobs = [
+        (number, architecture)
+        for number, case in enumerate(all_cases())
+        for architecture in case.architectures
+        if only in case.name
+    ]
+    with multiprocessing.get_context("spawn").Pool(num_processes) as pool:
+        return dict(pool.imap(_compile_numbered, jobs, chunksize=4))
+
+
+def read_budget() -> dict[str, dict[str, int]]:
+    """The checked-in limits of this Triton version."""
+    lines = BUDGET.read_text(encoding="ascii").splitlines()
+    rows = [line.split("\t") for line in lines if not line.startswith("#")]
+    return {name: dict(zip(COLUMNS, map(int, numbers))) for name, *numbers in rows}
+
+
+def write_budget(usage: dict[str, dict[str, int]]) -> None:
+    lines = [f"# compiled by Triton {triton.__version__}: case, " + ", ".join(COLUMNS)]
+    lines += ["\t".join([name, *(str(row[c]) for c in COLUMNS)]) for name, row in usage.items()]
+    BUDGET.write_text("\n".join(lines) + "\n", encoding="ascii")
+
+
+def format_table(usage: dict[str, dict[str, int] | str]) -> str:
+    width = max(map(len, usage), default=0)
+    lines = [f"{'Triton ' + triton.__version__:{width}}  " + "  ".join(COLUMNS)]
+    for name, row in usage.items():
+        numbers = row if isinstance(row, str) else "  ".join(f"{row[c]:>{len(c)}}" for c in COLUMNS)
+        lines.append(f"{name:{width}}  {numbers}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default="", help="compile cases whose name holds this word")
+    parser.add_argument("--json", type=Path, help="write the result to this file")
+    parser.add_argument("--write-budget", action="store_true", help="replace the budget file")
+    arguments = parser.parse_args()
+    if arguments.write_budget and arguments.only:
+        parser.error("--write-budget writes all cases; leave --only out")
+    usage = compile_all(arguments.only)
+    print(format_table(usage))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(usage))
+    failed = [name for name, row in usage.items() if isinstance(row, str)]
+    if failed:
+        print(f"{len(failed)} of {len(usage)} did not compile", file=sys.stderr)
+        return 1
+    if arguments.write_budget:
+        write_budget(usage)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
