@@ -32,8 +32,10 @@ class RunConfig(Section):
 class RopeScaling(Section):
     """Frequency scaling of the rotary embedding that a model was trained with."""
 
-    type: Literal["llama3", "linear"]
-    """`llama3`: Llama-3.1's smooth band scaling. `linear`: position interpolation."""
+    type: Literal["llama3", "linear", "ntk", "yarn"]
+    """`llama3`: Llama-3.1's smooth band scaling. `linear`: position interpolation. `ntk`: a base
+    raised so that the slowest frequency is `factor` times slower. `yarn`: band scaling by pair,
+    with sharper attention (arXiv 2309.00071)."""
     factor: float = Field(gt=1.0)
     """How many times slower the scaled frequencies turn."""
     low_freq_factor: float = Field(default=1.0, gt=0)
@@ -41,7 +43,11 @@ class RopeScaling(Section):
     high_freq_factor: float = Field(default=4.0, gt=0)
     """`llama3` only: wavelengths below original_length / high_freq_factor are left alone."""
     original_length: int = Field(default=8192, gt=0)
-    """`llama3` only: context length in tokens of the unscaled model."""
+    """`llama3`, `yarn`: context length in tokens of the unscaled model."""
+    beta_fast: float = Field(default=32.0, gt=0)
+    """`yarn` only: frequencies that turn more often over original_length are left alone."""
+    beta_slow: float = Field(default=1.0, gt=0)
+    """`yarn` only: frequencies that turn less often over original_length are scaled in full."""
 
 
 class ModelConfig(Section):

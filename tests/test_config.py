@@ -76,7 +76,7 @@ MESSAGES = [
     ("train.max_step=2", "train.max_step: unknown field; did you mean 'max_steps'?"),
     ("paralel.cp=2", "paralel: unknown field; did you mean 'parallel'?"),
     ("stage.0.lerning_rate=1", "stage.0.lerning_rate: unknown field; known here: name, seq_length"),
-    ("model.rope_scaling.type=yarn", "model.rope_scaling.type = 'yarn'"),
+    ("model.rope_scaling.type=dynamic", "model.rope_scaling.type = 'dynamic'"),
     ("model.vocab_size=many", "model.vocab_size = 'many': Input should be a valid integer"),
     ("parallel.cp=0", "parallel.cp = 0: Input should be greater than 0"),
     ("seed", "override 'seed': write key.path=value"),

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from lclm.checkpoint.folder import CheckpointError
 from lclm.config import ModelConfig, RopeScaling
+from lclm_kernels.rope import scale_base_ntk
 
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
@@ -42,12 +43,30 @@ _MODEL_FIELDS: tuple[tuple[str, str, Any], ...] = (
     ("tie_embeddings", "tie_word_embeddings", False),
     ("init_std", "initializer_range", 0.02),
 )
-_LLAMA3_FIELDS = (
-    ("factor", "factor"),
-    ("low_freq_factor", "low_freq_factor"),
-    ("high_freq_factor", "high_freq_factor"),
-    ("original_length", "original_max_position_embeddings"),
-)
+# Our name and theirs of each field, by type. `ntk` is not here: it is written as a raised base.
+_SCALING_FIELDS: dict[str, tuple[tuple[str, str], ...]] = {
+    "linear": (("factor", "factor"),),
+    "llama3": (
+        ("factor", "factor"),
+        ("low_freq_factor", "low_freq_factor"),
+        ("high_freq_factor", "high_freq_factor"),
+        ("original_length", "original_max_position_embeddings"),
+    ),
+    "yarn": (
+        ("factor", "factor"),
+        ("original_length", "original_max_position_embeddings"),
+        ("beta_fast", "beta_fast"),
+        ("beta_slow", "beta_slow"),
+    ),
+}
+# Fields of yarn that change it, and the values that mean what we compute.
+_YARN_FIXED_FIELDS: dict[str, tuple[Any, ...]] = {
+    "attention_factor": (None,),
+    "mscale": (None,),
+    "mscale_all_dim": (None,),
+    "truncate": (True,),
+}
+_YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0}
 
 
 @dataclass(frozen=True)
@@ -185,31 +204,39 @@ def _read_scaling(tree: Mapping[str, Any], where: str) -> RopeScaling | None:
                 "convert another model"
             )
         return None
+    if kind == "yarn":
+        for name, allowed in _YARN_FIXED_FIELDS.items():
+            if name in tree and tree[name] not in allowed:
+                raise CheckpointError(
+                    f"{where}: {name} = {tree[name]!r} of RoPE scaling 'yarn' is not supported, "
+                    f"must be {allowed[0]!r} or absent; convert another model"
+                )
+        # as in transformers, absent or null means these
+        tree = {**tree, **{n: tree.get(n) or d for n, d in _YARN_DEFAULTS.items()}}
     try:
-        if kind == "linear":
-            return RopeScaling.model_validate({"type": kind, "factor": tree["factor"]})
-        if kind == "llama3":
-            fields = {ours: tree[theirs] for ours, theirs in _LLAMA3_FIELDS}
+        if kind in _SCALING_FIELDS:
+            fields = {ours: tree[theirs] for ours, theirs in _SCALING_FIELDS[kind]}
             return RopeScaling.model_validate({"type": kind, **fields})
     except KeyError as error:
         raise CheckpointError(f"{where}: RoPE scaling '{kind}' lacks the field {error}") from error
     except ValidationError as error:
         raise CheckpointError(f"{where}: RoPE scaling {dict(tree)}: {error}") from error
     raise CheckpointError(
-        f"{where}: RoPE scaling {kind!r} is not supported; convertible: default, linear, llama3"
+        f"{where}: RoPE scaling {kind!r} is not supported; convertible: default, "
+        f"{', '.join(_SCALING_FIELDS)}"
     )
 
 
 def _write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
     """The older form, without the base."""
-    if scaling is None:
+    if scaling is None or scaling.type == "ntk":
         return None
     if scaling.type == "linear":
         # `type`, not `rope_type`: transformers before 4.43 accepts exactly these two fields.
         return {"type": "linear", "factor": scaling.factor}
     return {
-        "rope_type": "llama3",
-        **{theirs: getattr(scaling, ours) for ours, theirs in _LLAMA3_FIELDS},
+        "rope_type": scaling.type,
+        **{theirs: getattr(scaling, ours) for ours, theirs in _SCALING_FIELDS[scaling.type]},
     }
 
 
@@ -218,12 +245,15 @@ def build_hf_config(
 ) -> dict[str, Any]:
     """The content of `config.json`. `dtype`: `float32` or `bfloat16`."""
     model = source.model
+    rope_base = source.rope_base
+    if model.rope_scaling is not None and model.rope_scaling.type == "ntk":
+        rope_base = scale_base_ntk(rope_base, model.head_size, model.rope_scaling.factor)
     scaling = _write_scaling(model.rope_scaling)
     rope_parameters = dict(scaling or {})
     rope_parameters["rope_type"] = rope_parameters.pop("type", None) or (
         scaling["rope_type"] if scaling else "default"
     )
-    rope_parameters["rope_theta"] = source.rope_base
+    rope_parameters["rope_theta"] = rope_base
     return {
         "architectures": [ARCHITECTURES[model.family]],
         "model_type": model.family,
@@ -236,7 +266,7 @@ def build_hf_config(
         "mlp_bias": False,
         "max_position_embeddings": source.seq_length,
         "rope_parameters": rope_parameters,
-        "rope_theta": source.rope_base,
+        "rope_theta": rope_base,
         "rope_scaling": scaling,
         # null, not absent: transformers' own default would be 1 and 2
         "bos_token_id": bos_token_id,

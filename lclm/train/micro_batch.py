@@ -18,7 +18,7 @@ from lclm.data.loader import Row
 from lclm.mesh import Mesh
 from lclm.model.row import Attend, RowContext
 from lclm_kernels.interval_attention import make_plan
-from lclm_kernels.rope import build_rope_table
+from lclm_kernels.rope import SCALING_KEYS, build_rope_table
 
 IGNORED = -100
 
@@ -45,7 +45,9 @@ class MicroBatchBuilder:
 
     def __init__(self, config: Config, mesh: Mesh, rope_base: float, document_mask: bool) -> None:
         scaling = config.model.rope_scaling
-        self._scaling = scaling.model_dump() if scaling else None
+        self._scaling = None
+        if scaling:
+            self._scaling = scaling.model_dump(include={"type", *SCALING_KEYS[scaling.type]})
         self._head_size = config.model.head_size
         self._num_heads = config.model.num_attention_heads // config.parallel.tp
         self._num_kv_heads = config.model.num_kv_heads // config.parallel.tp

@@ -3,11 +3,13 @@
 import json
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from lclm.checkpoint.folder import CheckpointError
 from lclm.checkpoint.hf_config import HfModel, build_hf_config, parse_model, read_hf_config
 from lclm.config import ModelConfig, RopeScaling
+from lclm_kernels.rope import build_rope_table
 from tests.checkpoint.samples import LLAMA3_SCALING
 
 CONFIG = {
@@ -24,6 +26,14 @@ CONFIG = {
 }
 LLAMA3 = RopeScaling(type="llama3", factor=8.0, original_length=32)
 LINEAR = RopeScaling(type="linear", factor=4.0)
+YARN = RopeScaling(type="yarn", factor=4.0, original_length=64, beta_slow=2.0)
+YARN_FIELDS = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32.0,
+    "beta_slow": 2.0,
+}
 
 
 def read(tmp_path, **changes):
@@ -77,6 +87,8 @@ def test_head_dim_is_written_only_where_it_is_not_the_default(tmp_path):
         ({"rope_parameters": {"rope_theta": 8e6, "rope_type": "default"}}, 8e6, None),
         ({"rope_parameters": {**LLAMA3_SCALING, "rope_theta": 8e6}}, 8e6, LLAMA3),
         ({"rope_parameters": {"rope_type": "linear", "factor": 4.0}}, 1e4, LINEAR),
+        ({"rope_scaling": {**YARN_FIELDS, "beta_fast": None}}, 1e4, YARN),
+        ({"rope_parameters": {**YARN_FIELDS, "rope_theta": 8e6, "truncate": True}}, 8e6, YARN),
     ],
 )
 def test_both_forms_of_rope_are_read(tmp_path, changes, base, scaling):
@@ -84,7 +96,7 @@ def test_both_forms_of_rope_are_read(tmp_path, changes, base, scaling):
     assert (found.rope_base, found.model.rope_scaling) == (base, scaling)
 
 
-@pytest.mark.parametrize("scaling", [None, LLAMA3, LINEAR])
+@pytest.mark.parametrize("scaling", [None, LLAMA3, LINEAR, YARN])
 def test_written_config_reads_back_and_means_the_same_in_each_form(tmp_path, scaling):
     model = parse_model({**_FIELDS, "rope_scaling": scaling}, "here")
     source = HfModel(model, rope_base=8e6, seq_length=2048)
@@ -105,11 +117,29 @@ def test_written_config_reads_back_and_means_the_same_in_each_form(tmp_path, sca
             expected = LLAMA3_SCALING
         elif scaling is LINEAR:
             expected = {"rope_type": "linear", "factor": 4.0}
+        elif scaling is YARN:
+            expected = YARN_FIELDS
         assert rope == expected
         assert theirs["max_position_embeddings"] == 2048
         assert (theirs["bos_token_id"], theirs["eos_token_id"]) == (1, [2, 3])
     assert tree["dtype"] == tree["torch_dtype"] == "bfloat16"
     assert tree["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_ntk_is_written_as_a_raised_base(tmp_path):
+    """transformers has no type for it: base * factor^(H / (H - 2)), arXiv 2309.00071, 3.1."""
+    scaling = RopeScaling(type="ntk", factor=8.0)
+    model = parse_model({**_FIELDS, "rope_scaling": scaling}, "here")
+    source = HfModel(model, rope_base=1e4, seq_length=2048)
+    tree = build_hf_config(source, "float32", bos_token_id=None, eos_token_id=None)
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    found = read_hf_config(tmp_path)
+    assert found.rope_base == pytest.approx(1e4 * 8.0 ** (16 / 14))
+    assert found.model.rope_scaling is None
+    positions = torch.tensor([0, 1, 900])
+    ours = build_rope_table(positions, 16, 1e4, {"type": "ntk", "factor": 8.0})
+    read_back = build_rope_table(positions, 16, found.rope_base)
+    assert all(torch.equal(one, other) for one, other in zip(ours, read_back))
 
 
 _FIELDS = {
@@ -129,7 +159,11 @@ _FIELDS = {
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"model_type": ...}, "model_type None"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "scaling 'dynamic' is not supp"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "scaling 'yarn' is not supported"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            "'yarn' lacks the field 'original",
+        ),
+        ({"rope_scaling": {**YARN_FIELDS, "mscale": 0.7}}, "mscale = 0.7 of RoPE scaling 'yarn'"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "scaling 'longrope' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks the field 'low_freq"),
         ({"rope_scaling": {"type": "linear", "factor": "x"}}, "factor"),

@@ -94,10 +94,11 @@ def save_and_run(folder: Path, tokens: np.ndarray, changes: dict[str, Any]) -> n
     ("ranks", "changes"),
     [
         (1, {}),
-        (2, {"parallel__tp": 2}),
+        (2, {"parallel__tp": 2, "model__rope_scaling": {"type": "linear", "factor": 4.0}}),
         (1, {"model__tie_embeddings": True, "model__rope_scaling": LLAMA3_SCALING}),
+        (1, {"model__rope_scaling": {"type": "yarn", "factor": 4.0, "original_length": 32}}),
     ],
-    ids=["plain", "tp2", "tied, llama3 scaling"],
+    ids=["plain", "tp2, linear scaling", "tied, llama3 scaling", "yarn scaling"],
 )
 def test_transformers_gives_the_trainers_logits(
     tmp_path: Path, ranks: int, changes: dict[str, Any]
