@@ -13,6 +13,7 @@ import json
 import os
 import struct
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -112,6 +113,12 @@ class IndexedReader:
     def has_weights(self) -> bool:
         """Whether tokens count as targets by weights of their own (`read_weights`)."""
         return len(self._weight_values) > 0
+
+    def read_weight_numbers(self, doc: int) -> np.ndarray:
+        """uint8, number of each token's weight in `metadata["weight_values"]`."""
+        assert self._weights is not None, "has_weights says whether there are any"
+        start = int(self._starts[doc]) // self._start_unit
+        return self._weights[start : start + int(self.lengths[doc])]
 
     def read_weights(self, doc: int, offset: int, length: int) -> np.ndarray:
         """float32 [length]: weight of each of these tokens as a target; see `read`."""
@@ -251,18 +258,35 @@ class IndexedWriter:
             dtype and length_histogram are added.
     """
 
-    def __init__(self, prefix: str | os.PathLike[str], vocab_size: int) -> None:
-        """Prepare `<prefix>.bin`, `.idx` and `.json`; folders on the way are created."""
+    def __init__(
+        self,
+        prefix: str | os.PathLike[str],
+        vocab_size: int,
+        weight_values: Sequence[float] = (),
+    ) -> None:
+        """Prepare `<prefix>.bin`, `.idx` and `.json`; folders on the way are created.
+
+        Args:
+            prefix: of the files.
+            vocab_size: decides the dtype, as `dtype_for_vocab` says.
+            weight_values: at most 256 weights that targets may have; with any, `.weights` is
+                written and every document brings the number of each token's weight.
+        """
         self.prefix = os.fspath(prefix)
         self.vocab_size = vocab_size
         self.dtype = dtype_for_vocab(vocab_size)
         self.metadata: dict[str, Any] = {}
         self._lengths = array("i")  # of every document, 0 for one without tokens
+        self._weight_values = list(weight_values)
+        self._endings = (".bin", ".weights", ".json", ".idx") if weight_values else _ENDINGS
         self._bin: BinaryIO | None = None
+        self._weights: BinaryIO | None = None
 
     def __enter__(self) -> "IndexedWriter":
         Path(self.prefix).absolute().parent.mkdir(parents=True, exist_ok=True)
         self._bin = open(self._temporary(".bin"), "wb")
+        if self._weight_values:
+            self._weights = open(self._temporary(".weights"), "wb")
         return self
 
     def __exit__(
@@ -271,25 +295,35 @@ class IndexedWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file().close()
         try:
+            self._file().close()
+            if self._weights is not None:
+                self._weights.close()
             if kind is None:
+                if self._weight_values:
+                    self.metadata["weight_values"] = self._weight_values
                 lengths = np.asarray(self._lengths, np.int32)
                 _write_index(self._temporary(".idx"), lengths, self.dtype)
                 _write_metadata(
                     self._temporary(".json"), lengths, self.vocab_size, self.dtype, self.metadata
                 )
-                for ending in _ENDINGS:
+                for ending in self._endings:
                     os.replace(self._temporary(ending), self.prefix + ending)
         finally:
-            for ending in _ENDINGS:
+            for ending in self._endings:
                 Path(self._temporary(ending)).unlink(missing_ok=True)
 
-    def add_document(self, ids: np.ndarray | list[int]) -> None:
+    def add_document(self, ids: np.ndarray | list[int], weights: np.ndarray | None = None) -> None:
         """Append one document; one without tokens is counted and gets a border only.
 
+        Args:
+            ids: its tokens.
+            weights: integers, number of each token's weight in weight_values; given if and only if
+                there are any.
+
         Raises:
-            ValueError: an id lies outside the vocabulary, or the document is too long.
+            ValueError: an id lies outside the vocabulary, the document is too long, or weights do
+                not fit.
         """
         tokens = np.asarray(ids, dtype=np.int64)
         if len(tokens) > MAX_DOCUMENT:
@@ -303,8 +337,23 @@ class IndexedWriter:
                 f" {tokens.max()}, the vocabulary has {self.vocab_size}; use the tokenizer's "
                 "vocabulary size"
             )
+        if self._weights is not None:
+            self._weights.write(self._checked_weights(weights, len(tokens)))
         self._file().write(tokens.astype(self.dtype).tobytes())
         self._lengths.append(len(tokens))
+
+    def _checked_weights(self, weights: np.ndarray | None, num_tokens: int) -> bytes:
+        if weights is None or len(weights) != num_tokens:
+            raise ValueError(
+                f"{self.prefix}: document {len(self._lengths)} of {num_tokens} tokens has "
+                f"{None if weights is None else len(weights)} weights; give one for each"
+            )
+        if num_tokens and not 0 <= weights.min() <= weights.max() < len(self._weight_values):
+            raise ValueError(
+                f"{self.prefix}: document {len(self._lengths)} has weight numbers up to "
+                f"{weights.max()}, there are {len(self._weight_values)}"
+            )
+        return weights.astype(np.uint8).tobytes()
 
     def add_tokens(self, source: BinaryIO, num_bytes: int, lengths: np.ndarray) -> None:
         """Append documents whose tokens are the next num_bytes of source, already in `self.dtype`.

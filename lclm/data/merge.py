@@ -62,6 +62,11 @@ def _check_alike(readers: Sequence[IndexedReader]) -> None:
                 f"{reader.prefix}.json: is missing or names no vocab_size; only prefixes written "
                 "by these tools can be joined"
             )
+        if reader.has_weights:
+            raise ValueError(
+                f"{reader.prefix}: has weights of targets; only prefixes without can be joined: "
+                "name both in the mixture instead"
+            )
         if dtype_for_vocab(int(reader.metadata["vocab_size"])) != reader.dtype:
             raise ValueError(
                 f"{reader.prefix}: holds {reader.dtype}, its vocab_size asks for "

@@ -1,0 +1,144 @@
+"""MDS shards that mosaicml-streaming wrote (mds/make_shards.py), and retokenizing."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lclm.data.indexed import IndexedReader, IndexedWriter
+from lclm.data.loader import StageRows
+from lclm.data.mds import MdsReader
+from lclm.data.mixture import MixtureEntry
+from lclm.data.retokenize import retokenize
+from lclm.data.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARDS = Path(__file__).resolve().parent / "mds"
+SPANS = {0: [[0, 5], [5, 12], [12, 16]], 1: [[0, 16]], 2: [[0, 1], [1, 10], [10, 14]]}
+
+
+def tokens_of(row, start, end):
+    return [(row * 1000 + t) % 60000 for t in range(start, end)]
+
+
+def test_packed_shards():
+    reader = MdsReader(SHARDS / "packed")
+    assert reader.num_samples == 6 and reader.has_spans and not reader.has_mask
+    expected = [tokens_of(row, *span) for row in range(6) for span in SPANS[row % 3]]
+    assert [document.tokens.tolist() for document in reader.documents()] == expected
+
+
+def test_compressed_shards_with_masks():
+    documents = list(MdsReader(SHARDS / "chat").documents())
+    spans = [(row, *span) for row in range(3) for span in SPANS[row]]
+    assert [d.tokens.tolist() for d in documents] == [tokens_of(*span) for span in spans]
+    masks = [[int(t % 3 > 0) for t in range(start, end)] for _, start, end in spans]
+    assert [d.mask.tolist() for d in documents] == masks
+
+
+def test_shards_before_packing():
+    reader = MdsReader(SHARDS / "raw")
+    assert not reader.has_spans
+    lengths = (7, 300, 2)
+    expected = [tokens_of(row, 0, length) for row, length in enumerate(lengths)]
+    assert [document.tokens.tolist() for document in reader.documents()] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("packed", lambda raw: raw[:-9], "index.json says 492; the shard is cut short"),
+        ("packed", lambda raw: b"\7" + raw[1:], "number of samples differs"),
+        ("packed", lambda raw: raw[:8] + b"\xff" * 8 + raw[16:], "sample 0: cannot be read"),
+        ("chat", lambda raw: raw[:-9], "holds 0 bytes|cut short|cannot be decompressed"),
+        ("chat", lambda raw: b"zzzz" + raw[4:], "cannot be decompressed"),
+    ],
+)
+def test_damaged_shards_are_named(tmp_path, name, damage, message):
+    shutil.copytree(SHARDS / name, tmp_path / name)
+    shard = sorted((tmp_path / name).glob("shard.00000*"))[0]
+    shard.write_bytes(damage(shard.read_bytes()))
+    with pytest.raises(ValueError, match=message) as caught:
+        list(MdsReader(tmp_path / name).documents())
+    assert shard.name in str(caught.value)
+
+
+def test_folders_that_are_not_mds(tmp_path):
+    with pytest.raises(ValueError, match="is not the index of an MDS folder"):
+        MdsReader(tmp_path)
+    index = json.loads((SHARDS / "raw" / "index.json").read_text())
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"shard.00000.mds: no such file"):
+        list(MdsReader(tmp_path).documents())
+    index["version"] = 3
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="only mds of version 2"):
+        MdsReader(tmp_path)
+
+
+class Wide:
+    """A tokenizer of 60,000 tokens, for the ids of the shards."""
+
+    vocab_size, eod_id, bos_id, kind, path, sha256 = 60000, 1, 0, "hf", Path("x"), "0" * 64
+
+    def describe(self):
+        return {"sha256": self.sha256}
+
+
+def test_spans_and_masks_reach_the_rows(tmp_path):
+    prefix = str(tmp_path / "chat")
+    assert retokenize(str(SHARDS / "chat"), prefix, Wide()) == (7, 46)
+    reader = IndexedReader(prefix)
+    assert reader.lengths.tolist() == [5, 7, 4, 16, 1, 9, 4]
+    assert reader.read_weights(1, 2, 3).tolist() == [float(t % 3 > 0) for t in (7, 8, 9)]
+    rows = StageRows([MixtureEntry(prefix, "concat", 0, 1.0)], 23, 2, 1)
+    for row in map(rows.row, range(2)):
+        position = row.tokens % 1000  # tokens tell their place in the sample
+        assert row.token_weights.tolist() == (position % 3 > 0).astype(float).tolist()
+    Path(f"{prefix}.weights").write_bytes(b"\0")
+    with pytest.raises(ValueError, match=r"chat\.weights: has 1 bytes"):
+        IndexedReader(prefix)
+
+
+def test_one_tokenizer_to_another(tmp_path, tokenizer_files):
+    old, new = (load_tokenizer(tokenizer_files[kind]) for kind in ("tiktoken", "hf"))
+    texts = ["hello world", "caf\u00e9 \u4e2d", "", "the cat"]
+    with IndexedWriter(tmp_path / "old", old.vocab_size) as writer:
+        writer.metadata = {"tokenizer": old.describe()}
+        for text in texts:
+            ids = old.encode(text)
+            writer.add_document([old.bos_id, *ids, old.eod_id] if ids else [])
+    command = [sys.executable, ROOT / "tools/retokenize.py", "--input", tmp_path / "old",
+               "--tokenizer", tokenizer_files["tiktoken"], "--to-tokenizer", tokenizer_files["hf"],
+               "--append-eod", "--output-prefix", tmp_path / "new"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    reader = IndexedReader(tmp_path / "new")
+    found = [reader.read(number).tolist() for number in range(len(reader))]
+    assert found == [[*new.encode(text), new.eod_id] for text in texts if text]
+    assert reader.metadata["tokenizer"]["sha256"] == new.sha256
+    wrong = [*command[:5], tokenizer_files["sentencepiece"], *command[6:]]
+    done = subprocess.run(wrong, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "written with another tokenizer" in done.stderr
+
+
+def test_what_cannot_be_done_is_refused(tmp_path, tokenizer_files):
+    small = load_tokenizer(tokenizer_files["hf"])
+    packed, chat = str(SHARDS / "packed"), str(SHARDS / "chat")
+    with pytest.raises(ValueError, match="masks of tokens"):
+        retokenize(chat, str(tmp_path / "x"), Wide(), small)
+    with pytest.raises(ValueError, match="the data holds"):
+        retokenize(packed, str(tmp_path / "x"), small, small)
+    with pytest.raises(ValueError, match="the vocabulary has"):
+        retokenize(packed, str(tmp_path / "x"), small)
+    assert list(tmp_path.iterdir()) == []
+    with (
+        pytest.raises(ValueError, match="has 1 weights; give one for each"),
+        IndexedWriter(tmp_path / "w", 100, (0.0, 1.0)) as writer,
+    ):
+        writer.add_document([1, 2], np.array([1]))
+    assert list(tmp_path.iterdir()) == []
