@@ -5,21 +5,35 @@ Layouts of equal world size share one set of processes: importing costs more tha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from lclm.log import setup_logging
-from tests.train.tiny import ROW_LENGTH, ROWS_PER_STEP, ragged_row, tiny_config
+from tests.train.tiny import ROW_LENGTH, ROWS_PER_STEP, half_labelled_row, ragged_row, tiny_config
 
 
 def train_layouts(
     num_steps: int, layouts: dict[str, dict[str, Any]]
 ) -> dict[str, list[tuple[float, float]]]:
-    """Loss and gradient norm of each step, by name of the layout."""
+    """Loss and gradient norm of each step, by name of the layout.
+
+    Rows are half labelled where the name ends so.
+    """
     setup_logging()
-    return {name: train_steps(num_steps, changes) for name, changes in layouts.items()}
+    found = {}
+    for name, changes in layouts.items():
+        make_row = half_labelled_row if name.endswith("half labelled") else ragged_row
+        found[name] = train_steps(num_steps, changes, make_row)
+    return found
 
 
-def train_steps(num_steps: int, changes: dict[str, Any]) -> list[tuple[float, float]]:
+def train_steps(
+    num_steps: int,
+    changes: dict[str, Any],
+    make_row: Callable[[int], tuple[np.ndarray, np.ndarray]],
+) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step on this process's place in the layout."""
     from lclm.data.loader import Row
     from lclm.mesh import build_mesh, leave
@@ -38,9 +52,7 @@ def train_steps(num_steps: int, changes: dict[str, Any]) -> list[tuple[float, fl
     build = MicroBatchBuilder(config, mesh, stage.rope_base, stage.document_mask)
     results = []
     for step in range(num_steps):
-        rows = [
-            Row(*ragged_row(step * ROWS_PER_STEP + n), domain="a") for n in range(ROWS_PER_STEP)
-        ]
+        rows = [Row(*make_row(step * ROWS_PER_STEP + n), domain="a") for n in range(ROWS_PER_STEP)]
         set_learning_rate(engine.optimizer, learning_rate(stage, step), 0.1, decay_norms=False)
         result = engine.train_step(
             iterate_global_batch(rows, build, mesh), ROWS_PER_STEP // mesh.dp_size, ROW_LENGTH

@@ -30,6 +30,17 @@ TWO_RANKS = {
         "train__recompute": "full",
     },
     "cp2 ulysses": {"parallel__cp": 2, "parallel__cp_comm": "ulysses"},
+    # One rank holds only documents of one token: it has no label and another has them all.
+    "cp2 ring half labelled": {
+        "parallel__cp": 2,
+        "parallel__cp_comm": "ring",
+        "parallel__cp_layout": "contiguous",
+    },
+    "cp2 ulysses half labelled": {
+        "parallel__cp": 2,
+        "parallel__cp_comm": "ulysses",
+        "parallel__cp_layout": "contiguous",
+    },
     "cp2 ulysses recompute": {
         "parallel__cp": 2,
         "parallel__cp_comm": "ulysses",
@@ -63,7 +74,32 @@ FOUR_RANKS = {
     },
     "cp4 zigzag": {"parallel__cp": 4, "parallel__cp_layout": "zigzag"},
 }
+EIGHT_RANKS = {
+    "tp2 cp4 ring": {"parallel__tp": 2, "parallel__cp": 4, "parallel__cp_comm": "ring"},
+    "pp2 cp4 ring": {"parallel__pp": 2, "parallel__cp": 4, "parallel__cp_comm": "ring"},
+    "dp2 cp4 ulysses": {"parallel__cp": 4, "parallel__cp_comm": "ulysses"},
+    "dp2 cp4 ulysses ring": {
+        "parallel__cp": 4,
+        "parallel__cp_comm": "ulysses_ring",
+        "parallel__cp_ulysses": 2,
+    },
+    "tp2 cp4 ulysses ring recompute": {
+        "parallel__tp": 2,
+        "parallel__cp": 4,
+        "parallel__cp_comm": "ulysses_ring",
+        "parallel__cp_ulysses": 2,
+        "train__recompute": "full",
+    },
+    "tp2 pp2 cp2 ring recompute": {
+        "parallel__tp": 2,
+        "parallel__pp": 2,
+        "parallel__cp": 2,
+        "parallel__cp_comm": "ring",
+        "train__recompute": "full",
+    },
+}
 ONE_RANK = {
+    "half labelled": {},
     "plain": {},
     "tied": {"model__tie_embeddings": True},
     "no mask": {"stage__0__document_mask": False},
@@ -80,7 +116,7 @@ def _compare(
     layouts: dict[str, dict], found: dict[str, list[tuple[float, float]]], expected: dict
 ) -> None:
     for name in layouts:
-        want = expected["tied" if name.endswith("tied") else "plain"]
+        want = expected[next((n for n in expected if name.endswith(n)), "plain")]
         for step, (got, wanted) in enumerate(zip(found[name], want, strict=True)):
             assert got == pytest.approx(wanted, rel=tolerances.LAYOUT_REL), f"{name} step {step}"
 
@@ -102,3 +138,10 @@ def test_two_ranks(one_process: dict) -> None:
 def test_four_ranks(one_process: dict) -> None:
     for found in run_distributed(train_layouts, 4, NUM_STEPS, FOUR_RANKS, timeout=280):
         _compare(FOUR_RANKS, found, one_process)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_eight_ranks(one_process: dict) -> None:
+    for found in run_distributed(train_layouts, 8, NUM_STEPS, EIGHT_RANKS, timeout=800):
+        _compare(EIGHT_RANKS, found, one_process)

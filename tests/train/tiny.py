@@ -61,3 +61,10 @@ def ragged_row(number: int) -> tuple[np.ndarray, np.ndarray]:
     tokens = random.integers(0, VOCAB_SIZE, ROW_LENGTH)
     cuts = np.sort(random.choice(np.arange(1, ROW_LENGTH), size=number % 5, replace=False))
     return tokens, np.diff(np.concatenate([[0], cuts, [ROW_LENGTH]]))
+
+
+def half_labelled_row(number: int) -> tuple[np.ndarray, np.ndarray]:
+    """As `ragged_row`; the first half are documents of one token, which have no labels."""
+    tokens, _ = ragged_row(number)
+    half = ROW_LENGTH // 2
+    return tokens, np.array([1] * half + [half])
