@@ -1,24 +1,26 @@
 """Interval attention: validation, dispatch and autograd.
 
 Letters: T query tokens, S key tokens, N query heads, K kv heads, H head size. Accumulators are
-fp32, for fp64 inputs fp64.
+fp32, for fp64 inputs fp64. `triton_impl` is imported where it is called: Triton may be absent.
 """
 
 import math
 
 import torch
 
-from ..backend import AUTO, Candidate, choose
+from ..backend import AUTO, Candidate, choose, triton_candidate
 from .cpu_impl import cpu_bwd, cpu_fwd
 from .plan import IntervalPlan
 from .reference import reference_bwd, reference_fwd
 from .sdpa_impl import sdpa_bwd, sdpa_fwd
+from .tilings import refuse_triton
 
 __all__ = ["backward", "forward", "interval_attention"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _CANDIDATES = (
     Candidate("cpu", ("cpu",), (*_FLOATS, torch.float64)),
+    triton_candidate(*_FLOATS),
     Candidate("sdpa", ("cuda",), _FLOATS),
     Candidate("reference", ("cpu", "cuda"), (*_FLOATS, torch.float64), is_automatic=False),
 )
@@ -43,7 +45,8 @@ def forward(
         scale: factor of the scores, usually H ** -0.5.
         carry: (out fp32 [T, N, H], lse fp32 [N, T]) of the keys seen so far (start: zeros, -inf),
             updated in place and returned.
-        implementation: "auto", "reference" (dense), "cpu" or "sdpa" (CUDA).
+        implementation: "auto", "reference" (dense), "cpu", "triton" (CUDA, head sizes 64, 96, 128,
+            256) or "sdpa" (CUDA).
 
     Returns:
         (out [T, N, H] in q's dtype, or the carry's; lse [N, T], natural log). A row that sees
@@ -53,19 +56,26 @@ def forward(
         ValueError: shapes, dtypes or devices do not fit together or the implementation.
     """
     _check_qkv(q_TNH, k_SKH, v_SKH, plan, scale)
-    chosen = choose("interval_attention", implementation, q_TNH.device, q_TNH.dtype, _CANDIDATES)
+    chosen = _choose(q_TNH, scale, implementation)
     num_queries, num_heads, _ = q_TNH.shape
     wide = _wide_dtype(q_TNH.dtype)
-    if carry is None:
+    if carry is not None:
+        out, lse = carry
+        _check_accumulator("carry out", out, q_TNH.shape, wide, q_TNH.device)
+        _check_accumulator("carry lse", lse, (num_heads, num_queries), wide, q_TNH.device)
+    elif chosen == "triton":
+        out = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
+        lse = torch.empty(num_heads, num_queries, dtype=wide, device=q_TNH.device)
+    else:
         out = torch.zeros(q_TNH.shape, dtype=wide, device=q_TNH.device)
         lse_shape = (num_heads, num_queries)
         lse = torch.full(lse_shape, float("-inf"), dtype=wide, device=q_TNH.device)
-    else:
-        out, lse = carry
-        _check("carry out", out, q_TNH.shape, wide, q_TNH.device)
-        _check("carry lse", lse, (num_heads, num_queries), wide, q_TNH.device)
     if chosen == "reference":
         reference_fwd(q_TNH, k_SKH, v_SKH, plan, scale, out, lse)
+    elif chosen == "triton":
+        from .triton_impl import triton_fwd
+
+        triton_fwd(q_TNH, k_SKH, v_SKH, plan, scale, out, lse, carry is None)
     else:
         run = {"cpu": cpu_fwd, "sdpa": sdpa_fwd}[chosen]
         run(q_TNH, k_SKH, v_SKH, plan, scale, out, lse, carry is None)
@@ -100,30 +110,34 @@ def backward(
         delta: fp32 [N, T], sum over H of dout * out. An implementation may compute it again
             from dout and out, so nothing else can be folded into it.
         dq, dk, dv: fp32 (fp64) accumulators in the shapes of q, k, v.
-        deterministic: the same inputs give the same bits; "cpu" and "reference" always do.
+        deterministic: the same inputs give the same bits; all but "sdpa" always do.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together or the implementation, or a
             deterministic run was asked of "sdpa".
     """
     _check_qkv(q, k, v, plan, scale)
-    chosen = choose("interval_attention", implementation, q.device, q.dtype, _CANDIDATES)
+    chosen = _choose(q, scale, implementation)
     if deterministic and chosen == "sdpa":
         raise ValueError(
             f"{_WHERE}implementation 'sdpa' has no deterministic backward; use "
-            "deterministic=False or implementation='reference'"
+            "deterministic=False, or implementation='triton' or 'reference'"
         )
     wide = _wide_dtype(q.dtype)
     device = q.device
     num_queries, num_heads, _ = q.shape
     for name, x, like in (("dq", dq, q), ("dk", dk, k), ("dv", dv, v)):
-        _check(name, x, like.shape, wide, device)
+        _check_accumulator(name, x, like.shape, wide, device)
     for name, x in (("lse", lse), ("delta", delta)):
         _check(name, x, (num_heads, num_queries), wide, device)
     for name, x in (("dout", dout), ("out", out)):
         _check(name, x, q.shape, wide if x.dtype == wide else q.dtype, device)
     if chosen == "reference":
         reference_bwd(dout, q, k, v, lse, delta, plan, scale, dq, dk, dv)
+    elif chosen == "triton":
+        from .triton_impl import triton_bwd
+
+        triton_bwd(dout, q, k, v, lse, delta, plan, scale, dq, dk, dv)
     else:
         run = {"cpu": cpu_bwd, "sdpa": sdpa_bwd}[chosen]
         run(dout, q, k, v, out, lse, plan, scale, dq, dk, dv)
@@ -141,7 +155,12 @@ class _IntervalAttentionFunction(torch.autograd.Function):
     def backward(ctx, dout):
         q, k, v, out, lse = ctx.saved_tensors
         plan, scale, implementation = ctx.arguments
-        delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(dim=-1).t()
+        if _choose(q, scale, implementation) == "triton":
+            from .triton_impl import triton_delta
+
+            delta = triton_delta(dout, out)
+        else:
+            delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(dim=-1).t()
         dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
         state = (out, lse, delta, plan, scale, dq, dk, dv)
         backward(dout, q, k, v, *state, implementation=implementation)
@@ -163,6 +182,12 @@ def interval_attention(
     return _IntervalAttentionFunction.apply(q, k, v, plan, scale, implementation)
 
 
+def _choose(q_TNH: torch.Tensor, scale: float, wish: str) -> str:
+    device, head_dim = q_TNH.device, q_TNH.shape[2]
+    refused = {"triton": refuse_triton(head_dim, scale, device)}
+    return choose("interval_attention", wish, device, q_TNH.dtype, _CANDIDATES, refused)
+
+
 def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -174,6 +199,17 @@ def _check(
         raise ValueError(
             f"{_WHERE}{name} must be {dtype} {list(shape)} on {device}, got {x.dtype} "
             f"{list(x.shape)} on {x.device}"
+        )
+
+
+def _check_accumulator(
+    name: str, x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    _check(name, x, shape, dtype, device)
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{_WHERE}{name} {list(shape)} requires grad and is written in place, which autograd "
+            "would not see; call under torch.no_grad() or use interval_attention()"
         )
 
 

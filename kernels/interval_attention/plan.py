@@ -16,13 +16,16 @@ alone: 2,048 documents of 4 tokens make the same 64 tiles as one of 8,192. Tiles
 another at equal steps are one batched call on strided views, without a copy.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["IntervalPlan", "Part", "make_plan"]
+from .tiles import build_key_bounds, build_key_tiles, build_query_tiles
+
+__all__ = ["DeviceTiles", "IntervalPlan", "Part", "make_plan"]
 
 TILE = 128
 # A stretch of tiles under long rectangles first gets one rectangle of COARSE_TILES * TILE rows:
@@ -47,6 +50,14 @@ class Part:
 
 
 @dataclass(frozen=True)
+class DeviceTiles:
+    """A tile table on a device; see `tiles.py`."""
+
+    table: torch.Tensor  # int32 [tiles, 5]
+    num_seen: int  # leading rows whose range is not empty
+
+
+@dataclass(frozen=True)
 class IntervalPlan:
     """A validated interval mask. Build it with `make_plan`; share it between layers."""
 
@@ -55,6 +66,7 @@ class IntervalPlan:
     num_keys: int
     parts: tuple[Part, ...]  # each non-empty row's is_first part comes before its other parts
     _hidden: dict = field(default_factory=dict, compare=False, repr=False)
+    _on_device: dict = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def num_queries(self) -> int:
@@ -78,6 +90,50 @@ class IntervalPlan:
         hidden = self._hidden[key]
         bias = torch.zeros(hidden.shape, dtype=dtype, device=device)
         return bias.masked_fill_(hidden, float("-inf"))
+
+    def query_tiles(self, block: int, step: int, device: torch.device) -> DeviceTiles:
+        """Return `build_query_tiles` on the device. Like all that follows, it is made and uploaded
+        at the first call and then kept: call it one micro-batch ahead to have it in time."""
+
+        def build() -> DeviceTiles:
+            return _upload_tiles(build_query_tiles(*self._numpy(), block, step), device)
+
+        return self._keep(("query", block, step, device), build)
+
+    def key_tiles(self, block: int, step: int, device: torch.device) -> DeviceTiles:
+        """Return `build_key_tiles` on the device."""
+
+        def build() -> DeviceTiles:
+            lo, hi, rows = self._numpy()
+            table = build_key_tiles(lo, hi, self.num_keys, rows, block, step)
+            return _upload_tiles(table, device)
+
+        return self._keep(("key", block, step, device), build)
+
+    def key_bounds(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `build_key_bounds`, int32 [S] each, on the device."""
+
+        def build() -> tuple[torch.Tensor, ...]:
+            lo, hi, rows = self._numpy()
+            bounds = build_key_bounds(lo, hi, self.num_keys, rows)
+            return tuple(_upload(torch.from_numpy(bound), device) for bound in bounds)
+
+        return self._keep(("bounds of keys", device), build)
+
+    def bounds(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (lo, hi) on the device."""
+        key = ("bounds", device)
+        return self._keep(key, lambda: (_upload(self.lo, device), _upload(self.hi, device)))
+
+    def _numpy(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """lo, hi, and the rows that see something."""
+        lo, hi = self.lo.numpy(), self.hi.numpy()
+        return lo, hi, self._keep("rows", lambda: np.flatnonzero(hi > lo))
+
+    def _keep(self, key: Any, build: Callable[[], Any]) -> Any:
+        if key not in self._on_device:
+            self._on_device[key] = build()
+        return self._on_device[key]
 
     def _hidden_keys(self, part: Part) -> torch.Tensor:
         tiles = torch.arange(part.num_tiles)[:, None]
@@ -118,6 +174,15 @@ def make_plan(
         num_keys=int(num_keys),
         parts=_build_parts(lo_np, hi_np, rows),
     )
+
+
+def _upload(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return x.to(device, non_blocking=True)
+
+
+def _upload_tiles(table: np.ndarray, device: torch.device) -> DeviceTiles:
+    num_seen = int(np.count_nonzero(table[:, -1] > table[:, 1]))
+    return DeviceTiles(_upload(torch.from_numpy(table), device), num_seen)
 
 
 def _to_host(name: str, bound: torch.Tensor | np.ndarray) -> np.ndarray:

@@ -8,6 +8,8 @@ import torch
 
 from lclm_kernels.interval_attention import backward, forward, interval_attention, make_plan
 from tests.kernels.bounds import assert_within_torch_error, max_error
+from tests.kernels.implementations import TRITON, device_of
+from tests.kernels.implementations import each_implementation as each_of
 from tests.kernels.masks import (
     MASKS,
     dense_attention,
@@ -18,14 +20,28 @@ from tests.kernels.masks import (
 from tests.tolerances import ATTENTION_LSE_FP32, ATTENTION_SPLIT_FP32
 
 SCALE = 0.3
-IMPLEMENTATIONS = ["reference", "cpu", pytest.param("sdpa", marks=pytest.mark.gpu)]
-each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-each_mask = pytest.mark.parametrize("mask", MASKS)
+SDPA = pytest.param("sdpa", marks=pytest.mark.gpu)
+each_implementation = each_of("reference", "cpu", SDPA, "triton")
+# Triton's interpreter takes about 2 ms a step of 32 x 32: it gets the smaller masks.
+MAX_PAIRS_TRITON = 60_000
+
+
+def each_mask(*masks):
+    """Every implementation on the masks; Triton on those of some size."""
+    cases = [(mask, name) for mask in masks for name in ("reference", "cpu")]
+    cases += [pytest.param(mask, "sdpa", marks=pytest.mark.gpu) for mask in masks]
+    small = [mask for mask in masks if MASKS[mask].num_pairs <= MAX_PAIRS_TRITON]
+    cases += [pytest.param(mask, "triton", marks=TRITON.marks) for mask in small]
+    return pytest.mark.parametrize(("mask", "implementation"), cases)
+
+
+def inputs_for(implementation, plan):
+    """q, k, v, dout, fp64, of a size that the implementation takes."""
+    return random_inputs(plan, 2, 1, 64) if implementation == "triton" else random_inputs(plan)
 
 
 def to_device(implementation, dtype, *tensors):
-    device = "cuda" if implementation == "sdpa" else "cpu"
-    return [x.to(device=device, dtype=dtype) for x in tensors]
+    return [x.to(device=device_of(implementation), dtype=dtype) for x in tensors]
 
 
 def run_autograd(q, k, v, dout, plan, implementation):
@@ -36,15 +52,14 @@ def run_autograd(q, k, v, dout, plan, implementation):
     return out.detach(), q.grad, k.grad, v.grad
 
 
-@each_implementation
-@each_mask
+@each_mask(*MASKS)
 def test_forward_and_gradients_fp32(mask, implementation):
     plan = MASKS[mask]
-    inputs = random_inputs(plan)
+    inputs = inputs_for(implementation, plan)
     truth_out, truth_lse, *truth_grads = dense_attention(*inputs, plan, SCALE)
     narrow = to_device(implementation, torch.float32, *inputs)
     out, lse = forward(*narrow[:3], plan, SCALE, implementation=implementation)
-    assert lse.dtype == torch.float32 and lse.shape == (4, plan.num_queries)
+    assert lse.dtype == torch.float32 and lse.shape == inputs[0].shape[1::-1]
     assert max_error(lse, truth_lse) <= ATTENTION_LSE_FP32
     if mask in ("no keys", "neither", "no queries"):  # torch's own attention dies of these
         of_torch = [torch.zeros_like(x, dtype=torch.float32) for x in (truth_out, *truth_grads)]
@@ -58,12 +73,11 @@ def test_forward_and_gradients_fp32(mask, implementation):
         assert_within_torch_error(f"{mask} {name}", result, torch_result, truth)
 
 
-@each_implementation
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("mask", ["ragged documents", "sliding window", "one giant document"])
+@each_mask("ragged documents", "sliding window", "one giant document")
 def test_half_precision_within_twice_torch(mask, dtype, implementation):
     plan = MASKS[mask]
-    inputs = [x.to(dtype) for x in random_inputs(plan)]
+    inputs = [x.to(dtype) for x in inputs_for(implementation, plan)]
     truth = dense_attention(*(x.double() for x in inputs), plan, SCALE)
     of_torch = torch_attention(*inputs, plan, SCALE)
     results = run_autograd(*to_device(implementation, dtype, *inputs), plan, implementation)
@@ -85,7 +99,7 @@ def test_gradcheck_fp64(lengths, implementation):
     )
 
 
-@each_implementation
+@each_of("reference", "cpu", SDPA)
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (5, 1)])
 @pytest.mark.parametrize("head_dim", [8, 40])
 def test_grouped_heads(heads, head_dim, implementation):
@@ -133,8 +147,18 @@ SPLIT_MASKS = ["ragged documents", "one giant document", "sliding window", "some
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mask", SPLIT_MASKS)
 def test_three_shards_of_the_keys_equal_one_call(mask, dtype, implementation):
+    check_shards_equal_one_call(mask, dtype, implementation)
+
+
+@each_of("triton")
+@pytest.mark.parametrize("mask", ["ragged documents", "some rows empty"])
+def test_three_shards_of_the_keys_equal_one_call_of_triton(mask, implementation):
+    check_shards_equal_one_call(mask, torch.float32, implementation)
+
+
+def check_shards_equal_one_call(mask, dtype, implementation):
     plan = MASKS[mask]
-    inputs = [x.to(dtype) for x in random_inputs(plan)]
+    inputs = to_device(implementation, dtype, *inputs_for(implementation, plan))
     sharded = run_in_shards(*inputs, plan, implementation)
     # in fp32 the one call does not round its result to the inputs' dtype
     q, k, v, dout = (x.float() for x in inputs)
@@ -148,11 +172,10 @@ def test_three_shards_of_the_keys_equal_one_call(mask, dtype, implementation):
         assert max_error(result, whole) <= ATTENTION_SPLIT_FP32
 
 
-@each_implementation
-@pytest.mark.parametrize("mask", SPLIT_MASKS)
+@each_mask(*SPLIT_MASKS)
 def test_three_shards_in_bf16_within_twice_torch(mask, implementation):
     plan = MASKS[mask]
-    inputs = [x.bfloat16() for x in random_inputs(plan)]
+    inputs = [x.bfloat16() for x in inputs_for(implementation, plan)]
     truth = dense_attention(*(x.double() for x in inputs), plan, SCALE)
     of_torch = torch_attention(*inputs, plan, SCALE)
     narrow = to_device(implementation, torch.bfloat16, *inputs)
@@ -166,7 +189,7 @@ def test_three_shards_in_bf16_within_twice_torch(mask, implementation):
 @each_implementation
 def test_backward_adds(implementation):
     plan = MASKS["ragged documents"]
-    q, k, v, dout = to_device(implementation, torch.float32, *random_inputs(plan))
+    q, k, v, dout = to_device(implementation, torch.float32, *inputs_for(implementation, plan))
     out, lse = forward(q, k, v, plan, SCALE, implementation=implementation)
     delta = (dout * out).sum(dim=-1).t()
     fresh = [torch.zeros_like(x) for x in (q, k, v)]
@@ -197,7 +220,7 @@ def test_threads_give_the_bits_of_one_thread():
 @each_implementation
 def test_key_that_no_query_sees_gets_no_gradient(implementation):
     plan = MASKS["keys nobody sees"]
-    inputs = to_device(implementation, torch.float32, *random_inputs(plan))
+    inputs = to_device(implementation, torch.float32, *inputs_for(implementation, plan))
     _, _, dk, dv = run_autograd(*inputs, plan, implementation)
     for grad in (dk, dv):
         assert not grad[:50].any() and not grad[150:].any()
@@ -212,7 +235,7 @@ def test_permuting_documents_permutes_the_outputs(implementation):
     permutation = torch.cat([pieces[i] for i in order])
     plan = make_plan(*document_intervals(lengths), sum(lengths))
     other_plan = make_plan(*document_intervals([lengths[i] for i in order]), sum(lengths))
-    inputs = to_device(implementation, torch.float32, *random_inputs(plan))
+    inputs = to_device(implementation, torch.float32, *inputs_for(implementation, plan))
     results = run_autograd(*inputs, plan, implementation)
     permuted = run_autograd(*(x[permutation] for x in inputs), other_plan, implementation)
     for result, other in zip(results, permuted):
@@ -223,7 +246,7 @@ def test_permuting_documents_permutes_the_outputs(implementation):
 def test_packed_equals_separate(implementation):
     lengths = [129, 1, 200, 2, 64]
     plan = make_plan(*document_intervals(lengths), sum(lengths))
-    inputs = to_device(implementation, torch.float32, *random_inputs(plan))
+    inputs = to_device(implementation, torch.float32, *inputs_for(implementation, plan))
     packed = run_autograd(*inputs, plan, implementation)
     start = 0
     for length in lengths:
@@ -238,10 +261,10 @@ def test_packed_equals_separate(implementation):
 @each_implementation
 def test_strided_inputs_are_read_as_they_lie(implementation):
     plan = MASKS["ragged documents"]
-    q, k, v, dout = to_device(implementation, torch.float32, *random_inputs(plan))
+    q, k, v, dout = to_device(implementation, torch.float32, *inputs_for(implementation, plan))
     plain = run_autograd(q, k, v, dout, plan, implementation)
     fused = torch.cat([q, k, v], dim=1).requires_grad_()  # as one projection gives them
-    views = fused.split([4, 2, 2], dim=1)
+    views = fused.split([q.shape[1], k.shape[1], v.shape[1]], dim=1)
     out = interval_attention(*views, plan, SCALE, implementation)
     out.backward(dout)
     assert torch.equal(out, plain[0])

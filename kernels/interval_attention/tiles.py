@@ -1,0 +1,122 @@
+"""Tile tables of interval attention: which keys a tile of queries needs, and the reverse.
+
+Letters: T query tokens, S key tokens. Pure NumPy, from lo and hi of a validated plan alone.
+
+A row of a table, int32, is (tile, begin, full_begin, full_end, end):
+- tile: the block of rows [tile * block, (tile + 1) * block) of its own side;
+- [begin, end): what of the other side some row of the tile sees, cut to the first and last;
+- [full_begin, full_end): the part of it that needs no mask, empty or made of whole steps, which
+  begins whole steps behind begin. Steps need not start at multiples of the step.
+Rows are ordered by their number of steps, most first; equal ones by tile.
+
+Both lo and hi never decrease over the rows that see something, so the first and the last of them in
+a tile give its bounds, and a key is seen by one range of such rows. An empty row may lie between
+them; a range that holds one is not full.
+"""
+
+import numpy as np
+
+__all__ = ["ALIGNMENT", "TILE_COLUMNS", "build_key_bounds", "build_key_tiles", "build_query_tiles"]
+
+# Ranges of queries begin at multiples of this: TMA reads fp32 numbers of queries in 16-byte units.
+ALIGNMENT = 4
+TILE_COLUMNS = ("tile", "begin", "full_begin", "full_end", "end")
+
+
+def build_query_tiles(
+    lo: np.ndarray, hi: np.ndarray, rows: np.ndarray, block: int, step: int
+) -> np.ndarray:
+    """Which keys each tile of queries needs.
+
+    Args:
+        lo, hi: int32 [T]; rows: int64, the rows that see something, rising.
+        block: queries of a tile; step: keys of a step.
+
+    Returns:
+        int32 [ceil(T / block), 5]; tiles that see nothing come last, with an empty range.
+    """
+    edges = np.arange(0, len(lo) + block, block)
+    edges[-1] = len(lo)
+    place = np.searchsorted(rows, edges)
+    first, behind = place[:-1], place[1:]
+    is_seen = behind > first
+    table = np.zeros((len(first), len(TILE_COLUMNS)), dtype=np.int64)
+    table[:, 0] = np.arange(len(first))
+    top, bottom = rows[first[is_seen]], rows[behind[is_seen] - 1]
+    num_rows = edges[1:] - edges[:-1]
+    is_whole = (behind - first == num_rows)[is_seen]
+    table[is_seen, 1:] = _ranges(lo[top], hi[bottom], lo[bottom], hi[top], is_whole, step)
+    return _longest_first(table, step)
+
+
+def build_key_tiles(
+    lo: np.ndarray, hi: np.ndarray, num_keys: int, rows: np.ndarray, block: int, step: int
+) -> np.ndarray:
+    """Which queries each tile of keys needs.
+
+    Args:
+        lo, hi, rows: as in `build_query_tiles`; num_keys: S.
+        block: keys of a tile; step: queries of a step.
+
+    Returns:
+        int32 [tiles that somebody sees, 5].
+    """
+    # int32 as lo and hi are: searchsorted would convert all of them to a wider type
+    starts = np.arange(0, num_keys, block, dtype=np.int32)
+    ends = np.minimum(starts + block, num_keys).astype(np.int32)
+    seen_lo, seen_hi = (lo, hi) if len(rows) == len(lo) else (lo[rows], hi[rows])
+    first = np.searchsorted(seen_hi, starts, "right")  # hi > start
+    behind = np.searchsorted(seen_lo, ends, "left")  # lo < end
+    is_seen = behind > first
+    starts, ends, first, behind = (x[is_seen] for x in (starts, ends, first, behind))
+    full_first = np.searchsorted(seen_hi, ends, "left")  # hi >= end
+    full_behind = np.searchsorted(seen_lo, starts, "right")  # lo <= start
+    is_full = full_behind > full_first
+    full_first = np.where(is_full, full_first, first)
+    full_last = np.where(is_full, full_behind, first + 1) - 1
+    is_whole = is_full & (rows[full_last] - rows[full_first] == full_last - full_first)
+    begin, end = rows[first], rows[behind - 1] + 1
+    begin -= begin % ALIGNMENT
+    table = np.empty((len(first), len(TILE_COLUMNS)), dtype=np.int64)
+    table[:, 0] = starts // block
+    table[:, 1:] = _ranges(begin, end, rows[full_first], rows[full_last] + 1, is_whole, step)
+    return _longest_first(table, step)
+
+
+def build_key_bounds(
+    lo: np.ndarray, hi: np.ndarray, num_keys: int, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The queries that see each key: those of [first, behind) that see anything. int32 [S] each.
+
+    A key that nobody sees has first == behind.
+    """
+    seen_lo, seen_hi, rows = lo[rows], hi[rows], rows.astype(np.int32)
+    # keys [hi of the row before, hi of this row) have this row as their first
+    first = np.repeat(np.append(rows, len(lo)), np.diff(seen_hi, prepend=0, append=num_keys))
+    # keys [lo of this row, lo of the next row) have this row as their last
+    behind = np.repeat(np.append(0, rows + 1), np.diff(seen_lo, prepend=0, append=num_keys))
+    return first.astype(np.int32), np.maximum(first, behind).astype(np.int32)
+
+
+def _ranges(
+    begin: np.ndarray,
+    end: np.ndarray,
+    full_begin: np.ndarray,
+    full_end: np.ndarray,
+    is_whole: np.ndarray,
+    step: int,
+) -> np.ndarray:
+    """(begin, full_begin, full_end, end) with the full range cut to whole steps from begin on."""
+    begin, end, full_begin, full_end = (
+        x.astype(np.int64) for x in (begin, end, full_begin, full_end)
+    )
+    full_begin = begin - (begin - full_begin) // step * step  # up to the next step
+    num_full = np.where(is_whole, np.maximum(full_end - full_begin, 0) // step, 0)
+    full_begin = np.where(num_full > 0, full_begin, begin)
+    return np.stack([begin, full_begin, full_begin + num_full * step, end], axis=1)
+
+
+def _longest_first(table: np.ndarray, step: int) -> np.ndarray:
+    begin, full_end, end = table[:, 1], table[:, 3], table[:, 4]
+    num_steps = (full_end - begin) // step + -(-(end - full_end) // step)
+    return table[np.argsort(-num_steps, kind="stable")].astype(np.int32)
