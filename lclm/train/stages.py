@@ -124,7 +124,7 @@ def describe(config: Config, world_size: int, planned: Sequence[StageRows] = ())
         f"{model.num_attention_heads} query and {model.num_kv_heads} kv heads of "
         f"{model.head_size}",
         f"layout     {world_size} ranks = tp {parallel.tp} x cp {parallel.cp} "
-        f"({parallel.cp_layout}) x dp {dp_size} x pp {parallel.pp}, "
+        f"({parallel.cp_layout}, {parallel.cp_comm}) x dp {dp_size} x pp {parallel.pp}, "
         f"sequence parallel {'on' if parallel.tp > 1 else 'off'}, "
         f"recompute {config.train.recompute}",
         f"total      {config.num_steps:,} steps, "

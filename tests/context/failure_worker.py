@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lclm.context.exchange import KEYS, Message, Transfer
+from lclm.context import ring
+from lclm.context.exchange import GRADIENTS, KEYS, Message, Transfer
 from lclm.context.plan import contiguous_plan, zigzag_plan
 from lclm.context.ring import ContextAttention, build_ring
 from lclm.context.row_plan import RowPlan
@@ -65,6 +66,42 @@ def disagreements() -> list[str]:
             attend(*local_tensors(group), 1.0)
         texts.append(str(caught.value))
     return texts
+
+
+def order_of_work() -> tuple[list[str], list[str]]:
+    """What this rank does in a ring forward and backward on one document, in order.
+
+    "keys" and "gradients": messages start; "attend": attention over the keys of one step.
+    """
+    group = dist.group.WORLD
+    attend = build("ring", contiguous_plan([ROW], group.size()), group)
+    tensors = [x.requires_grad_() for x in local_tensors(group)]
+    attend(*tensors, 1.0)
+    events: list[str] = []
+    start, run, run_back = dist.batch_isend_irecv, ring.forward, ring.backward
+
+    def note(event: str, call: Callable) -> Callable:
+        return lambda *args, **kwargs: (events.append(event), call(*args, **kwargs))[1]
+
+    def note_start(operations: list[dist.P2POp]) -> list[dist.Work]:
+        events.append({KEYS: "keys", GRADIENTS: "gradients"}[operations[0].tag])
+        return start(operations)
+
+    dist.batch_isend_irecv = note_start
+    ring.forward, ring.backward = note("attend", run), note("attend", run_back)
+    try:
+        out = attend(*tensors, 1.0)
+        first = list(events)
+        events.clear()
+        out.sum().backward()
+    finally:
+        dist.batch_isend_irecv, ring.forward, ring.backward = start, run, run_back
+    return first, events
+
+
+def three_ranks() -> tuple[list[str], tuple[list[str], list[str]]]:
+    """`disagreements` and `order_of_work` in one set of processes."""
+    return disagreements(), order_of_work()
 
 
 def arrive_early() -> tuple[bool, float]:

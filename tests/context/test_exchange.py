@@ -10,12 +10,28 @@ from tests import distributed
 from tests.context import failure_worker
 from tests.distributed import DistributedError, run_distributed
 
+# One document on three ranks: rank 1 sees keys of rank 0 (step 1), rank 2 those of 1 and 0. What a
+# step brings is on its way before the attention of the step before; rank 0 only sends.
+FORWARD_ORDER = [
+    ["keys", "keys", "attend"],
+    ["keys", "attend", "attend"],
+    ["keys", "attend", "keys", "attend", "attend"],
+]
+# Gradients leave while the next step is attended to.
+BACKWARD_ORDER = [
+    ["keys", "attend", "keys", "gradients", "gradients"],
+    ["keys", "attend", "attend", "gradients"],
+    ["keys", "attend", "keys", "attend", "gradients", "attend", "gradients"],
+]
 
-def test_ranks_that_disagree_about_the_plan_all_raise() -> None:
-    for rank, texts in enumerate(run_distributed(failure_worker.disagreements, 3)):
+
+def test_three_ranks_disagree_loudly_and_exchange_under_attention() -> None:
+    for rank, (texts, (first, back)) in enumerate(run_distributed(failure_worker.three_ranks, 3)):
         others = "[0, 2]" if rank == 1 else "[1]"
         for text in texts:
             assert f"row plan: rank {rank} and rank(s) {others} of its context group" in text
+        assert first == FORWARD_ORDER[rank]
+        assert back == BACKWARD_ORDER[rank]
 
 
 def test_transfers_fly_alone_and_refuse_misuse() -> None:

@@ -46,7 +46,7 @@ def test_run_leaves_its_records(run_file: Path) -> None:
 def test_dry_run_prints_the_numbers_and_trains_nothing(run_file: Path) -> None:
     result = call(str(run_file), "--dry-run", "--world-size", "4", "run.dir=never", "parallel.cp=2")
     assert result.returncode == 0, result.stderr
-    assert "4 ranks = tp 1 x cp 2 (auto) x dp 2 x pp 1" in result.stdout
+    assert "4 ranks = tp 1 x cp 2 (auto, gather) x dp 2 x pp 1" in result.stdout
     assert "steps 5..8 of 256 tokens = 4 rows = 2 micro-batches on each of 2" in result.stdout
     assert not Path("never").exists()
 
