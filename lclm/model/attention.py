@@ -15,7 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lclm.model.row import RowContext
-from lclm_kernels.rope import apply_rope
+from lclm_kernels.rope import apply_rope_to_qkv
 
 
 class RowAttention(MegatronModule):
@@ -73,14 +73,15 @@ class RowAttention(MegatronModule):
             Output of the shape of the input, and no bias.
         """
         row = packed_seq_params
-        qkv, _ = self.linear_qkv(hidden_TBD)
-        num_tokens = qkv.shape[0]
-        qkv = qkv.view(num_tokens, self.num_kv_heads, self.group_size + 2, self.head_size)
-        q, k, v = qkv.split([self.group_size, 1, 1], dim=2)
-        q_TNH = apply_rope(q.reshape(num_tokens, -1, self.head_size), row.cos_TH, row.sin_TH)
-        k_TKH = apply_rope(k.squeeze(2), row.cos_TH, row.sin_TH)
+        packed, _ = self.linear_qkv(hidden_TBD)
+        num_tokens = packed.shape[0]
+        heads_shape = (self.num_kv_heads, self.group_size + 2, self.head_size)
+        # in place before the heads are split: queries and keys in one pass over memory
+        packed = apply_rope_to_qkv(packed, row.cos_TH, row.sin_TH, heads_shape)
+        q, k, v = packed.view(num_tokens, *heads_shape).split([self.group_size, 1, 1], dim=2)
+        q_TNH = q.reshape(num_tokens, -1, self.head_size)
         is_recomputed = self.training and self.config.recompute_granularity == "full"
         layer = self.layer_number if is_recomputed else None
-        out_TNH = row.attend(q_TNH, k_TKH, v.squeeze(2), self.scale, layer)
+        out_TNH = row.attend(q_TNH, k.squeeze(2), v.squeeze(2), self.scale, layer)
         output, bias = self.linear_proj(out_TNH.reshape(num_tokens, 1, -1))
         return output, bias
