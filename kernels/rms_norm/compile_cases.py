@@ -3,7 +3,7 @@
 import torch
 
 from ..compile_case import CompileCase, pointer_to
-from .triton_impl import launch_config, rms_norm_bwd_kernel, rms_norm_fwd_kernel
+from .triton_impl import bwd_stages, launch_config, rms_norm_bwd_kernel, rms_norm_fwd_kernel
 
 __all__ = ["compile_cases"]
 
@@ -37,7 +37,7 @@ def compile_cases() -> list[CompileCase]:
                 f"rms_norm bwd {name}",
                 rms_norm_bwd_kernel,
                 bwd,
-                {**sizes, "NUM_STAGES": 2},
+                {**sizes, "NUM_STAGES": bwd_stages(size)},
                 options,
             ),
         ]

@@ -13,6 +13,7 @@ import triton.language as tl
 from ..backend import IS_INTERPRETED
 
 __all__ = [
+    "bwd_stages",
     "launch_config",
     "rms_norm_bwd_kernel",
     "rms_norm_bwd_triton",
@@ -92,6 +93,11 @@ def rms_norm_bwd_kernel(
     tl.store(p_dweight, tl.sum(b_dweight, axis=0), mask=tl.arange(0, BLOCK_D) < SIZE)
 
 
+def bwd_stages(size: int) -> int:
+    """Loads ahead of the arithmetic in the backward; long rows need their registers themselves."""
+    return 2 if size <= 8192 else 1
+
+
 def launch_config(size: int) -> tuple[dict[str, int], int]:
     """Return (tile sizes, num_warps) of both kernels for rows of `size` elements."""
     block_d = triton.next_power_of_2(size)
@@ -150,7 +156,7 @@ def rms_norm_bwd_triton(
         x_RD.stride(0),
         SIZE=size,
         **tile,
-        NUM_STAGES=2,
+        NUM_STAGES=bwd_stages(size),
         num_warps=num_warps,
     )
     return dx, parts.sum(dim=0).to(weight_D.dtype)

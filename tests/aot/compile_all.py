@@ -1,12 +1,13 @@
 """Compile every Triton kernel as the trainer launches it, without a GPU, and count what it uses.
 
-    python tests/aot/compile_all.py                  print the table of all cases
-    python tests/aot/compile_all.py --only rope      of the cases whose name holds a word
-    python tests/aot/compile_all.py --write-budget   and make it the budget of this Triton version
-    python tests/aot/compile_all.py --json FILE      and write it for a program to read
+    python tests/aot/compile_all.py                        print the table of all operators
+    python tests/aot/compile_all.py rope adamw             of some
+    python tests/aot/compile_all.py rope --architecture 90  for one GPU: 90 Hopper, 80 Ampere
+    python tests/aot/compile_all.py rope --write-budget    and make it the budget of this Triton
+    python tests/aot/compile_all.py rope --json FILE       and write it for a program to read
 
 Run by test_compile.py in a process of its own: a process that has Triton's interpreter cannot
-compile. Exit code 0 if everything compiled, 1 if something did not.
+compile. Exit code 0 if everything compiled, 1 if something did not, 2 for bad usage.
 """
 
 import argparse
@@ -30,18 +31,21 @@ from lclm_kernels.compile_case import CompileCase
 
 KERNELS = Path(importlib.util.find_spec("lclm_kernels").submodule_search_locations[0])
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
-BUDGET = Path(__file__).with_name(f"budget_triton_{triton.__version__}.tsv")
+BUDGETS = Path(__file__).parent / f"budget_triton_{triton.__version__}"
+ARCHITECTURES = (90, 80)
 COLUMNS = ("registers", "spill_bytes", "shared_bytes", "tensor_core", "tma", "serialized")
 
 
-def all_cases() -> list[CompileCase]:
-    """The cases of every operator that has Triton kernels."""
-    cases = []
-    for path in sorted(KERNELS.glob("*/compile_cases.py")):
-        module = importlib.import_module(f"lclm_kernels.{path.parent.name}.compile_cases")
-        cases += module.compile_cases()
-    names = [case.name for case in cases]
-    assert len(set(names)) == len(names), [n for n, count in Counter(names).items() if count > 1]
+def operators() -> list[str]:
+    """Operators that have Triton kernels."""
+    return sorted(path.parent.name for path in KERNELS.glob("*/compile_cases.py"))
+
+
+def cases_of(operator: str) -> list[CompileCase]:
+    """The cases of one operator."""
+    cases = importlib.import_module(f"lclm_kernels.{operator}.compile_cases").compile_cases()
+    counts = Counter(case.name for case in cases)
+    assert max(counts.values()) == 1, [name for name, count in counts.items() if count > 1]
     return cases
 
 
@@ -96,9 +100,9 @@ def _count_opcodes(listing: str) -> Counter[str]:
     return Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z0-9]+)", listing, re.M))
 
 
-def _compile_numbered(job: tuple[int, int]) -> tuple[str, dict[str, int] | str]:
-    number, architecture = job
-    case = all_cases()[number]
+def _compile_numbered(job: tuple[str, int, int]) -> tuple[str, dict[str, int] | str]:
+    operator, number, architecture = job
+    case = cases_of(operator)[number]
     key = f"{case.name} sm_{architecture}"
     try:
         return key, compile_case(case, architecture)
@@ -106,29 +110,25 @@ def _compile_numbered(job: tuple[int, int]) -> tuple[str, dict[str, int] | str]:
         return key, f"{type(error).__name__}: {error}"
 
 
-def compile_all(only: str = "", num_processes: int = 2) -> dict[str, dict[str, int] | str]:
+def compile_operator(
+    operator: str, architectures: list[int], num_processes: int = 2
+) -> dict[str, dict[str, int] | str]:
     """Usage by "case name sm_NN", or what went wrong, in the order of the cases."""
     jobs = [
-        (number, architecture)
-        for number, case in enumerate(all_cases())
+        (operator, number, architecture)
+        for number, case in enumerate(cases_of(operator))
         for architecture in case.architectures
-        if only in case.name
+        if architecture in architectures
     ]
     with multiprocessing.get_context("spawn").Pool(num_processes) as pool:
-        return dict(pool.imap(_compile_numbered, jobs, chunksize=4))
+        return dict(pool.imap(_compile_numbered, jobs, chunksize=2))
 
 
-def read_budget() -> dict[str, dict[str, int]]:
-    """The checked-in limits of this Triton version."""
-    lines = BUDGET.read_text(encoding="ascii").splitlines()
-    rows = [line.split("\t") for line in lines if not line.startswith("#")]
-    return {name: dict(zip(COLUMNS, map(int, numbers))) for name, *numbers in rows}
-
-
-def write_budget(usage: dict[str, dict[str, int]]) -> None:
-    lines = [f"# compiled by Triton {triton.__version__}: case, " + ", ".join(COLUMNS)]
+def write_budget(operator: str, usage: dict[str, dict[str, int]]) -> None:
+    BUDGETS.mkdir(exist_ok=True)
+    lines = ["\t".join(["case", *COLUMNS])]
     lines += ["\t".join([name, *(str(row[c]) for c in COLUMNS)]) for name, row in usage.items()]
-    BUDGET.write_text("\n".join(lines) + "\n", encoding="ascii")
+    (BUDGETS / f"{operator}.tsv").write_text("\n".join(lines) + "\n", encoding="ascii")
 
 
 def format_table(usage: dict[str, dict[str, int] | str]) -> str:
@@ -142,23 +142,30 @@ def format_table(usage: dict[str, dict[str, int] | str]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", default="", help="compile cases whose name holds this word")
+    parser.add_argument("operators", nargs="*", help=f"of {', '.join(operators())}; default all")
+    parser.add_argument("--architecture", type=int, choices=ARCHITECTURES, help="default: all")
     parser.add_argument("--json", type=Path, help="write the result to this file")
-    parser.add_argument("--write-budget", action="store_true", help="replace the budget file")
+    parser.add_argument("--write-budget", action="store_true", help="replace the budget files")
     arguments = parser.parse_args()
-    if arguments.write_budget and arguments.only:
-        parser.error("--write-budget writes all cases; leave --only out")
-    usage = compile_all(arguments.only)
-    print(format_table(usage))
+    if unknown := set(arguments.operators) - set(operators()):
+        parser.error(f"no operator {', '.join(sorted(unknown))}; one of {', '.join(operators())}")
+    if arguments.write_budget and arguments.architecture:
+        parser.error("--write-budget writes all architectures; leave --architecture out")
+    architectures = [arguments.architecture] if arguments.architecture else list(ARCHITECTURES)
+    result, num_failed = {}, 0
+    for operator in arguments.operators or operators():
+        usage = compile_operator(operator, architectures)
+        print(format_table(usage), flush=True)
+        failed = sum(isinstance(row, str) for row in usage.values())
+        if arguments.write_budget and not failed:
+            write_budget(operator, usage)
+        result |= usage
+        num_failed += failed
     if arguments.json:
-        arguments.json.write_text(json.dumps(usage))
-    failed = [name for name, row in usage.items() if isinstance(row, str)]
-    if failed:
-        print(f"{len(failed)} of {len(usage)} did not compile", file=sys.stderr)
-        return 1
-    if arguments.write_budget:
-        write_budget(usage)
-    return 0
+        arguments.json.write_text(json.dumps(result))
+    if num_failed:
+        print(f"{num_failed} of {len(result)} did not compile", file=sys.stderr)
+    return 1 if num_failed else 0
 
 
 if __name__ == "__main__":
