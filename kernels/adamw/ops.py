@@ -83,7 +83,7 @@ class AdamW(torch.optim.Optimizer):
         """Load; see torch.optim.Optimizer, which makes moments as wide as their parameters."""
         super().load_state_dict(state_dict)
         for state in self.state.values():
-            for name in ("exp_avg", "exp_avg_sq"):
+            for name in {"exp_avg", "exp_avg_sq"}.intersection(state):
                 state[name] = state[name].to(self.state_dtype)
 
     @torch.no_grad()
