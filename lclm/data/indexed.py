@@ -20,6 +20,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from lclm.data.retry import RetryingFile
+
 __all__ = [
     "IndexedReader",
     "IndexedWriter",
@@ -56,7 +58,7 @@ def length_histogram(lengths: np.ndarray) -> dict[str, int]:
 
 
 class IndexedReader:
-    """The documents of one prefix, memory-mapped.
+    """The documents of one prefix; the index is memory-mapped.
 
     Attributes:
         lengths: int32 [num_docs], tokens of each document that has any.
@@ -99,12 +101,7 @@ class IndexedReader:
         else:
             self.lengths, self._starts = _documents(idx_path, lengths, borders)
             self._start_unit = 1
-        # mmap refuses a file of no bytes
-        self._tokens = (
-            np.memmap(bin_path, dtype=self.dtype, mode="r").view(np.ndarray)
-            if num_bytes
-            else np.empty(0, self.dtype)
-        )
+        self._tokens = RetryingFile(bin_path)
         self.metadata = _read_metadata(Path(self.prefix + ".json"), self.num_tokens)
         self._weight_values = np.array(self.metadata.get("weight_values", []), np.float32)
         self._weights = _open_weights(self.prefix, self.num_tokens) if self.has_weights else None
@@ -132,10 +129,11 @@ class IndexedReader:
     def read(self, doc: int, offset: int = 0, length: int | None = None) -> np.ndarray:
         """Tokens [offset, offset + length) of document doc; length None: up to its end.
 
-        Returns a read-only view of dtype `self.dtype`.
+        Returns a read-only array of dtype `self.dtype`.
 
         Raises:
             ValueError: the range does not lie in the document.
+            OSError: the file cannot be read, also not when tried again.
         """
         if not 0 <= doc < len(self.lengths):
             raise ValueError(f"{self.prefix}: document {doc} of {len(self.lengths)} does not exist")
@@ -145,8 +143,9 @@ class IndexedReader:
                 f"{self.prefix}: tokens [{offset}, {end}) are not inside document {doc} of "
                 f"{self.lengths[doc]} tokens"
             )
-        start = int(self._starts[doc]) // self._start_unit
-        return self._tokens[start + offset : start + end]
+        first = int(self._starts[doc]) // self._start_unit + offset
+        raw = self._tokens.read(first * self.dtype.itemsize, (end - offset) * self.dtype.itemsize)
+        return np.frombuffer(raw, self.dtype)
 
 
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:

@@ -24,7 +24,7 @@ from lclm.data.rows import (
 )
 from lclm_kernels.native import pack_concat
 
-__all__ = ["Cursor", "HeldOutRows", "Row", "StageRows"]
+__all__ = ["Cursor", "HeldOutRows", "Row", "RowRange", "StageRows"]
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,13 @@ def _read_row(domain: Domain, rows: PackedRows, number: int, seq_length: int) ->
         if weights is not None and domain.reader.has_weights:
             weights[at : at + length] = domain.reader.read_weights(doc, offset, length)
         at += length
-    if num_tokens < seq_length:
-        doc_lengths = np.append(doc_lengths, seq_length - num_tokens)
-    return Row(tokens, doc_lengths, domain.name, weights)
+    return Row(tokens, _padded_lengths(doc_lengths, seq_length), domain.name, weights)
+
+
+def _padded_lengths(lengths: np.ndarray, seq_length: int) -> np.ndarray:
+    """int64: the pieces' lengths, and that of the padding where there is any."""
+    room = seq_length - int(lengths.sum(dtype=np.int64))
+    return np.append(lengths, room).astype(np.int64) if room else lengths.astype(np.int64)
 
 
 class StageRows:
@@ -206,6 +210,13 @@ class StageRows:
         row_in_entry = int(self._row_in_entry[number])
         return _read_row(domain, self._rows[entry], row_in_entry, self.seq_length)
 
+    def doc_lengths(self, number: int) -> np.ndarray:
+        """int64, `doc_lengths` of row `number` without reading its tokens."""
+        entry = int(self._entry_of_row[number])
+        rows, at = self._rows[entry], int(self._row_in_entry[number])
+        first, last = rows.row_start[at : at + 2].tolist()
+        return _padded_lengths(rows.length[first:last], self.seq_length)
+
     def ledger(self, num_rows: int) -> dict[str, int]:
         """Tokens of each prefix in the first num_rows rows of the stage."""
         counts = np.bincount(self._entry_of_row[:num_rows], minlength=len(self._entries))
@@ -240,6 +251,21 @@ class StageRows:
                 + ", ".join(text for text, is_said in dropped.items() if is_said)
             )
         return "\n".join(lines)
+
+
+class RowRange(Sequence[Row]):
+    """Some rows of a stage in a row, each read when it is asked for."""
+
+    def __init__(self, planned: StageRows, first: int, count: int) -> None:
+        self._planned, self._first, self._count = planned, first, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: int) -> Row:  # type: ignore[override]  # no slices
+        if not 0 <= number < self._count:
+            raise IndexError(f"row {number} of {self._count}")
+        return self._planned.row(self._first + number)
 
 
 class HeldOutRows:
