@@ -9,7 +9,9 @@ import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+from lclm.data.chat import TEMPLATES
 from lclm.data.encode import EncodeOptions, EncodeSummary, encode_sources
+from lclm.data.encode_chat import encode_conversations
 from lclm.data.readers import find_sources
 from lclm.data.tokenizer import load_tokenizer
 from lclm.log import setup_logging
@@ -35,6 +37,13 @@ tokenizer (told by content, not by name)
   Text that spells a special token, such as <|end_of_text|>, stays text.
   The package gigatoken encodes tens of times faster. It is used where it is installed and gives the
   ids of the ordinary library on test texts and on the first documents; the log says which runs.
+
+conversations (--chat)
+  JSON lines with a list of {"role", "content"} under messages (or --json-keys). What an assistant
+  says and the token that ends its turn are targets; the rest weighs --prompt-weight, 0 as ProLong
+  by default (<prefix>.weights). --chat-template llama3 and chatml are built in; tokenizer is the
+  Jinja template in the tokenizer's folder (package jinja2). In training, packing best-fit never
+  cuts a conversation. One process does this; --workers and --append-eod do not apply.
 
 output
   The format of Megatron-LM, byte for byte what its own tool writes with --append-eod; a document
@@ -78,9 +87,10 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--json-keys",
         nargs="+",
-        default=["text"],
+        default=None,
         metavar="KEY",
-        help="keys that hold text (default: text); several keys write <prefix>_<key> each",
+        help="keys that hold text (default: text; messages with --chat); several keys write "
+        "<prefix>_<key> each",
     )
     add("--min-tokens", type=int, default=0, metavar="N", help="leave out shorter documents")
     add(
@@ -97,6 +107,9 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="what encodes; auto: gigatoken where it gives the same ids (default: auto)",
     )
+    add("--chat", action="store_true", help="input holds conversations, see below")
+    add("--chat-template", choices=TEMPLATES, help="needed with --chat")
+    add("--prompt-weight", type=float, metavar="W", help="with --chat, from 0 (default) to 1")
     add("--group-by", choices=("file", "repo"), help="folders hold source code, see below")
     add(
         "--domain", default="", metavar="NAME", help="name in metrics (default: prefix's last part)"
@@ -122,10 +135,14 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 def run(arguments: argparse.Namespace) -> EncodeSummary:
     """Do what the command line asks for; ValueError for bad input."""
+    if arguments.chat:
+        return run_chat(arguments)
+    if arguments.chat_template or arguments.prompt_weight is not None:
+        raise ValueError("--chat-template and --prompt-weight: apply with --chat only")
     tokenizer = load_tokenizer(arguments.tokenizer)
     sources = find_sources(arguments.input, arguments.group_by)
     options = EncodeOptions(
-        json_keys=tuple(arguments.json_keys),
+        json_keys=tuple(arguments.json_keys or ("text",)),
         append_eod=arguments.append_eod,
         prepend_bos=arguments.prepend_bos,
         on_error=arguments.on_error,
@@ -142,6 +159,37 @@ def run(arguments: argparse.Namespace) -> EncodeSummary:
         )
     return encode_sources(
         sources, tokenizer, arguments.output_prefix, options, arguments.domain, arguments.group_by
+    )
+
+
+def run_chat(arguments: argparse.Namespace) -> EncodeSummary:
+    """The same for conversations."""
+    keys = arguments.json_keys or ["messages"]
+    refused = {
+        "--append-eod": arguments.append_eod,
+        "--prepend-bos": arguments.prepend_bos,
+        "--group-by": arguments.group_by,
+        "--min-tokens": arguments.min_tokens,
+        "--max-tokens": arguments.max_tokens,
+        "--shard": arguments.shard != "1/1",
+        "several --json-keys": len(keys) > 1,
+    }
+    given = [name for name, is_given in refused.items() if is_given]
+    if given or not arguments.chat_template:
+        raise ValueError(
+            f"--chat: does not go with {', '.join(given)}; leave it out"
+            if given
+            else f"--chat: give --chat-template, one of {', '.join(TEMPLATES)}"
+        )
+    return encode_conversations(
+        find_sources(arguments.input),
+        load_tokenizer(arguments.tokenizer),
+        arguments.output_prefix,
+        arguments.chat_template,
+        arguments.prompt_weight or 0.0,
+        keys[0],
+        arguments.on_error,
+        arguments.domain,
     )
 
 

@@ -12,7 +12,7 @@ try:
 except ImportError:  # an optional package; json gives the same documents, only slower
     orjson = None  # type: ignore[assignment]
 
-__all__ = ["read_unit"]
+__all__ = ["read_records", "read_unit"]
 
 PARQUET_ROWS = 256  # read at once
 
@@ -30,15 +30,32 @@ def read_unit(unit: Unit, keys: Sequence[str]) -> Iterator[tuple[str, ...] | Pro
         yield from _read_document(files, unit.is_folder)
 
 
-def _read_lines(
-    unit: Unit, path: Path, keys: Sequence[str]
-) -> Iterator[tuple[str, ...] | Problem | None]:
+def read_records(unit: Unit) -> Iterator[dict[str, Any] | Problem | None]:
+    """The objects of a unit of JSON lines, as `read_unit` gives texts."""
+    assert unit.path is not None, "a unit of lines"
+    for number, line in enumerate(_lines_of(unit, unit.path), start=1):
+        if not line.strip():
+            yield None
+            continue
+        try:
+            yield _record_of_line(line)
+        except ValueError as error:
+            yield Problem(unit.path, number, str(error))
+
+
+def _lines_of(unit: Unit, path: Path) -> list[bytes]:
     lines = unit.lines
     if lines is None:
         with open(path, "rb") as file:
             file.seek(unit.start)
             lines = file.read(unit.end - unit.start)
-    for number, line in enumerate(lines.removesuffix(b"\n").split(b"\n"), start=1):
+    return lines.removesuffix(b"\n").split(b"\n")
+
+
+def _read_lines(
+    unit: Unit, path: Path, keys: Sequence[str]
+) -> Iterator[tuple[str, ...] | Problem | None]:
+    for number, line in enumerate(_lines_of(unit, path), start=1):
         if not line.strip():
             yield None
             continue
@@ -61,7 +78,7 @@ def _texts_of_line(line: bytes, keys: Sequence[str]) -> tuple[str, ...]:
     return _texts_slowly(line, keys)
 
 
-def _texts_slowly(line: bytes, keys: Sequence[str]) -> tuple[str, ...]:
+def _record_of_line(line: bytes) -> "_Pairs":
     try:
         record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_Pairs)
     except UnicodeDecodeError as error:
@@ -71,6 +88,11 @@ def _texts_slowly(line: bytes, keys: Sequence[str]) -> tuple[str, ...]:
         raise ValueError(f"is not JSON ({error}{array if line[:1] == b'[' else ''})") from error
     if not isinstance(record, _Pairs):
         raise ValueError(f"is a JSON {type(record).__name__}, not an object")
+    return record
+
+
+def _texts_slowly(line: bytes, keys: Sequence[str]) -> tuple[str, ...]:
+    record = _record_of_line(line)
     texts = []
     for key in keys:
         if key not in record:

@@ -76,12 +76,14 @@ class Tokenizer(ABC):
         sha256: hex digest of files[0].
         vocab_size: ids are 0 .. vocab_size - 1, special tokens included.
         eod_id, bos_id: end of document and beginning of text; None where the file names none.
+        special_names: special tokens by their names.
     """
 
     kind: Kind
     vocab_size: int
     eod_id: int | None
     bos_id: int | None
+    special_names: dict[str, int]
 
     def __init__(self, path: Path, files: list[Path]) -> None:
         self.path = path
@@ -95,6 +97,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens written out where the library can."""
+
+    def special_id(self, name: str) -> int | None:
+        """Id of a special token; None where there is none of this name."""
+        return self.special_names.get(name)
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text, without any token that is not in the text."""
@@ -171,6 +177,11 @@ class _HuggingFace(Tokenizer):
         self._encoder.encode_special_tokens = True
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values(), default=-1) + 1
+        self.special_names = {
+            str(token["content"]): int(token["id"])
+            for token in tree.get("added_tokens") or []
+            if token["special"]
+        }
         self.eod_id = _named_id(main.parent, "eos_token", COMMON_EOD, ids)
         self.bos_id = _named_id(main.parent, "bos_token", COMMON_BOS, ids)
 
@@ -260,6 +271,7 @@ class _Tiktoken(Tokenizer):
         )
         self._white_space = re.compile(rf"\s{{{MAX_WHITE_SPACE}}}")
         self.vocab_size = len(ranks) + LLAMA3_NUM_SPECIAL
+        self.special_names = special
         self.eod_id = special["<|end_of_text|>"]
         self.bos_id = special["<|begin_of_text|>"]
 
@@ -316,6 +328,8 @@ class _SentencePiece(Tokenizer):
                 "of base64 and rank, nor a SentencePiece model; give one of these"
             ) from error
         self.vocab_size = self._processor.get_piece_size()
+        control = filter(self._processor.is_control, range(self.vocab_size))
+        self.special_names = {self._processor.id_to_piece(token): token for token in control}
         eos, bos = self._processor.eos_id(), self._processor.bos_id()
         self.eod_id = eos if eos >= 0 else None
         self.bos_id = bos if bos >= 0 else None
