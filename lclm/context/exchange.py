@@ -46,6 +46,9 @@ class Message:
 class Transfer:
     """Messages that start together: commit once, wait once, finish once, in this order.
 
+    A gloo message that does not come within the group's timeout raises `ExchangeError`. NCCL waits
+    on the stream, not on the host: there a lost rank shows in NCCL's watchdog.
+
     Args:
         what: shown in errors.
         group: the ranks that `Message.peer` counts.
@@ -69,19 +72,20 @@ class Transfer:
     def commit(self) -> None:
         """Start every message; buffers to be sent must not change until `finish`."""
         self._advance("new", "committed")
-        messages = [*self._receives, *self._sends]
         runs: list[Callable] = [dist.irecv] * len(self._receives) + [dist.isend] * len(self._sends)
-        if not messages:
-            return
-        try:
-            self._works = dist.batch_isend_irecv(
-                [
-                    dist.P2POp(run, m.buffer, group=self._group, tag=self._tag, group_peer=m.peer)
-                    for run, m in zip(runs, messages, strict=True)
-                ]
-            )
-        except RuntimeError as error:
-            self._fail([message.peer for message in messages], error)
+        messages = [*self._receives, *self._sends]
+        # NCCL must get all messages in one call, gloo gets them one by one: an error has one peer.
+        is_joint = any(message.buffer.is_cuda for message in messages)
+        calls = [slice(None)] if is_joint else [slice(n, n + 1) for n in range(len(messages))]
+        for call in calls:
+            operations = [
+                dist.P2POp(run, m.buffer, group=self._group, tag=self._tag, group_peer=m.peer)
+                for run, m in zip(runs[call], messages[call], strict=True)
+            ]
+            try:
+                self._works += dist.batch_isend_irecv(operations)
+            except RuntimeError as error:
+                self._fail([message.peer for message in messages[call]], error)
 
     def wait(self) -> list[torch.Tensor]:
         """Wait for what is received and hand it over, in the order of `receives`."""

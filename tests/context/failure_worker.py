@@ -71,20 +71,24 @@ def disagreements() -> list[str]:
 def order_of_work() -> tuple[list[str], list[str]]:
     """What this rank does in a ring forward and backward on one document, in order.
 
-    "keys" and "gradients": messages start; "attend": attention over the keys of one step.
+    A message that starts is "keys" or "gradients", "in" or "out"; "attend" is attention over the
+    keys of one step.
     """
     group = dist.group.WORLD
     attend = build("ring", contiguous_plan([ROW], group.size()), group)
     tensors = [x.requires_grad_() for x in local_tensors(group)]
     attend(*tensors, 1.0)
     events: list[str] = []
+    names = {KEYS: "keys", GRADIENTS: "gradients"}
     start, run, run_back = dist.batch_isend_irecv, ring.forward, ring.backward
 
     def note(event: str, call: Callable) -> Callable:
         return lambda *args, **kwargs: (events.append(event), call(*args, **kwargs))[1]
 
     def note_start(operations: list[dist.P2POp]) -> list[dist.Work]:
-        events.append({KEYS: "keys", GRADIENTS: "gradients"}[operations[0].tag])
+        for operation in operations:
+            way = "out" if operation.op is dist.isend else "in"
+            events.append(f"{names[operation.tag]} {way}")
         return start(operations)
 
     dist.batch_isend_irecv = note_start

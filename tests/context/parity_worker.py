@@ -23,7 +23,7 @@ CHUNKS_PER_RANK = 6
 HEAD_SIZE = 16
 NAMES = ("out", "dq", "dk", "dv")
 # Query and kv heads. Repeated kv heads: 2 at 3 ranks thrice, 3 at 2 ranks and 1 at 4 ranks.
-HEADS = {2: [(4, 2), (12, 3)], 3: [(6, 2)], 4: [(4, 2), (8, 1)], 8: [(8, 2)]}
+HEADS = {2: [(4, 2), (12, 3)], 3: [(6, 2)], 4: [(4, 2), (8, 1)], 6: [(12, 4)], 8: [(8, 2)]}
 
 
 def random_plan(random: np.random.Generator, lengths: list[int], cp_size: int) -> RowPlan:
@@ -67,7 +67,7 @@ class Groups:
     def __init__(self) -> None:
         self.whole = dist.group.WORLD
         size = self.whole.size()
-        # both ways to split eight ranks, the one way to split four
+        # both ways to split eight ranks, one way for four and for six
         self.split = {
             inner: self._split(inner) for inner in (2, 4) if 1 < size / inner == size // inner
         }

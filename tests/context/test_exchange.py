@@ -13,15 +13,15 @@ from tests.distributed import DistributedError, run_distributed
 # One document on three ranks: rank 1 sees keys of rank 0 (step 1), rank 2 those of 1 and 0. What a
 # step brings is on its way before the attention of the step before; rank 0 only sends.
 FORWARD_ORDER = [
-    ["keys", "keys", "attend"],
-    ["keys", "attend", "attend"],
-    ["keys", "attend", "keys", "attend", "attend"],
+    ["keys out", "keys out", "attend"],
+    ["keys in", "keys out", "attend", "attend"],
+    ["keys in", "attend", "keys in", "attend", "attend"],
 ]
 # Gradients leave while the next step is attended to.
 BACKWARD_ORDER = [
-    ["keys", "attend", "keys", "gradients", "gradients"],
-    ["keys", "attend", "attend", "gradients"],
-    ["keys", "attend", "keys", "attend", "gradients", "attend", "gradients"],
+    ["keys out", "attend", "keys out", "gradients in", "gradients in"],
+    ["keys in", "keys out", "attend", "attend", "gradients in", "gradients out"],
+    ["keys in", "attend", "keys in", "attend", "gradients out", "attend", "gradients out"],
 ]
 
 

@@ -69,5 +69,6 @@ def test_four_ranks() -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_eight_ranks() -> None:
-    check(8, timeout=800)
+@pytest.mark.parametrize("world_size", [6, 8])
+def test_many_ranks(world_size: int) -> None:
+    check(world_size, timeout=800)
