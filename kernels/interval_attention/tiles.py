@@ -68,7 +68,8 @@ def build_key_tiles(
     first = np.searchsorted(seen_hi, starts, "right")  # hi > start
     behind = np.searchsorted(seen_lo, ends, "left")  # lo < end
     is_seen = behind > first
-    starts, ends, first, behind = (x[is_seen] for x in (starts, ends, first, behind))
+    starts, ends = starts[is_seen], ends[is_seen]
+    first, behind = first[is_seen], behind[is_seen]
     full_first = np.searchsorted(seen_hi, ends, "left")  # hi >= end
     full_behind = np.searchsorted(seen_lo, starts, "right")  # lo <= start
     is_full = full_behind > full_first
