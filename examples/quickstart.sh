@@ -24,7 +24,7 @@ overrides=()
 case "$size" in
   full)
     lengths=(512 2048 8192) vocab=4096
-    corpus_options=(--recall-tokens 400000)
+    corpus_options=(--recall-tokens 600000)
     ;;
   tiny)
     lengths=(64 256 1024) vocab=1024
