@@ -62,10 +62,7 @@ FOUR_RANKS = {
         "parallel__cp_comm": "ring",
         "train__recompute": "full",
     },
-    "pp2 cp2 ulysses": {"parallel__pp": 2, "parallel__cp": 2, "parallel__cp_comm": "ulysses"},
-    "dp2 cp2 ring": {"parallel__cp": 2, "parallel__cp_comm": "ring"},
     "cp4 ring": {"parallel__cp": 4, "parallel__cp_comm": "ring"},
-    "cp4 ulysses": {"parallel__cp": 4, "parallel__cp_comm": "ulysses"},
     "cp4 ulysses ring recompute": {
         "parallel__cp": 4,
         "parallel__cp_comm": "ulysses_ring",
@@ -73,6 +70,11 @@ FOUR_RANKS = {
         "train__recompute": "full",
     },
     "cp4 zigzag": {"parallel__cp": 4, "parallel__cp_layout": "zigzag"},
+}
+FOUR_RANKS_MORE = {
+    "pp2 cp2 ulysses": {"parallel__pp": 2, "parallel__cp": 2, "parallel__cp_comm": "ulysses"},
+    "dp2 cp2 ring": {"parallel__cp": 2, "parallel__cp_comm": "ring"},
+    "cp4 ulysses": {"parallel__cp": 4, "parallel__cp_comm": "ulysses"},
 }
 EIGHT_RANKS = {
     "tp2 cp4 ring": {"parallel__tp": 2, "parallel__cp": 4, "parallel__cp_comm": "ring"},
@@ -142,6 +144,9 @@ def test_four_ranks(one_process: dict) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_eight_ranks(one_process: dict) -> None:
-    for found in run_distributed(train_layouts, 8, NUM_STEPS, EIGHT_RANKS, timeout=800):
-        _compare(EIGHT_RANKS, found, one_process)
+@pytest.mark.parametrize(
+    ("world_size", "layouts"), [(4, FOUR_RANKS_MORE), (8, EIGHT_RANKS)], ids=["four", "eight"]
+)
+def test_more_layouts(one_process: dict, world_size: int, layouts: dict[str, dict]) -> None:
+    for found in run_distributed(train_layouts, world_size, NUM_STEPS, layouts, timeout=800):
+        _compare(layouts, found, one_process)
