@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import triton
@@ -110,18 +111,19 @@ def _compile_numbered(job: tuple[str, int, int]) -> tuple[str, dict[str, int] | 
         return key, f"{type(error).__name__}: {error}"
 
 
-def compile_operator(
-    operator: str, architectures: list[int], num_processes: int = 2
-) -> dict[str, dict[str, int] | str]:
-    """Usage by "case name sm_NN", or what went wrong, in the order of the cases."""
-    jobs = [
-        (operator, number, architecture)
-        for number, case in enumerate(cases_of(operator))
-        for architecture in case.architectures
-        if architecture in architectures
-    ]
+def compile_operators(
+    names: list[str], architectures: list[int], num_processes: int = 2
+) -> Iterator[tuple[str, dict[str, dict[str, int] | str]]]:
+    """(operator, usage by "case name sm_NN", or what went wrong) of one after another."""
     with multiprocessing.get_context("spawn").Pool(num_processes) as pool:
-        return dict(pool.imap(_compile_numbered, jobs, chunksize=2))
+        for operator in names:
+            jobs = [
+                (operator, number, architecture)
+                for number, case in enumerate(cases_of(operator))
+                for architecture in case.architectures
+                if architecture in architectures
+            ]
+            yield operator, dict(pool.imap(_compile_numbered, jobs, chunksize=2))
 
 
 def write_budget(operator: str, usage: dict[str, dict[str, int]]) -> None:
@@ -153,18 +155,17 @@ def main() -> int:
         parser.error("--write-budget writes all architectures; leave --architecture out")
     architectures = [arguments.architecture] if arguments.architecture else list(ARCHITECTURES)
     result, num_failed = {}, 0
-    for operator in arguments.operators or operators():
-        usage = compile_operator(operator, architectures)
+    for operator, usage in compile_operators(arguments.operators or operators(), architectures):
         print(format_table(usage), flush=True)
         failed = sum(isinstance(row, str) for row in usage.values())
         if arguments.write_budget and not failed:
             write_budget(operator, usage)
-        result |= usage
+        result[operator] = usage
         num_failed += failed
     if arguments.json:
         arguments.json.write_text(json.dumps(result))
     if num_failed:
-        print(f"{num_failed} of {len(result)} did not compile", file=sys.stderr)
+        print(f"{num_failed} cases did not compile", file=sys.stderr)
     return 1 if num_failed else 0
 
 
