@@ -280,3 +280,25 @@ def test_the_json_made_of_ranks_encodes_as_tiktoken(tokenizer_files):
     made = tokenizers.Tokenizer.from_str(make_plain_json(tokenizer))
     for text in (*fast.PROBES, "a <|end_of_text|> b", "hello hello worldhellor"):
         assert made.encode(text).ids == tokenizer.encode(text)
+
+
+@pytest.mark.long
+def test_a_line_of_200_mb_stays_within_memory(tmp_path, tokenizer_files):
+    """Its bytes, its text and its ids are there at once; not several copies of each."""
+    with open(tmp_path / "a.jsonl", "w") as file:
+        file.write('{"text": "')
+        for _ in range(2000):
+            file.write("hello world, the cat sat. " * 4000)
+        file.write('"}\n{"text": "hill"}\n')
+    command = [sys.executable, ROOT / "tools/preprocess_data.py", "--input", tmp_path / "a.jsonl",
+               "--tokenizer", tokenizer_files["hf"], "--output-prefix", tmp_path / "x"]  # fmt: skip
+    code = (
+        "import resource, subprocess, sys; done = subprocess.run(sys.argv[1:]); "
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, done.returncode)"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code, *command], capture_output=True, text=True, check=True
+    )
+    kilobytes, status = map(int, shown.stdout.split())
+    assert status == 0 and kilobytes < 1_500_000
+    assert len(IndexedReader(tmp_path / "x")) == 2
