@@ -90,7 +90,7 @@ def draw_loss(steps: list[dict[str, Any]], path: Path) -> None:
             label=name,
         )
     domains.set_title("per domain")
-    domains.legend(fontsize=8)
+    domains.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1.0, 0.86), ncols=2)
     for axes in (all_rows, domains):
         draw_stage_borders(axes, steps)
         axes.set_xlabel("million tokens trained on")
@@ -99,11 +99,11 @@ def draw_loss(steps: list[dict[str, Any]], path: Path) -> None:
 
 
 def draw_stage_borders(axes: Axes, steps: list[dict[str, Any]]) -> None:
-    """A line where a stage begins and what it is, at the top."""
+    """A line where a stage begins; its name, row length in tokens and RoPE base at the top."""
     for name, length, base, first, last in stage_spans(steps):
         if first > 0:
             axes.axvline(first / 1e6, color="#999999", linewidth=0.8, linestyle="--")
-        label = f"{name}\n{length:,} tokens\nbase {base:.3g}"
+        label = f"{name}\n{length:,}\nbase {base:.2g}"
         axes.text(
             (first + last) / 2e6,
             0.98,
@@ -117,11 +117,12 @@ def draw_stage_borders(axes: Axes, steps: list[dict[str, Any]]) -> None:
 
 
 def choose_rows(config: Config) -> list[Row]:
-    """Rows of the last stage that differ in kind: one document, few documents, many documents."""
+    """Rows of the last stage that differ in kind: the fewest, about eight, the most documents."""
     stage_rows = plan_stages(config)[-1]
     rows = [stage_rows.row(number) for number in range(min(len(stage_rows), 40))]
     rows.sort(key=lambda row: len(row.doc_lengths))
-    chosen = [rows[0], rows[len(rows) // 2], rows[-1]]
+    few = min(rows, key=lambda row: abs(len(row.doc_lengths) - 8))
+    chosen = [rows[0], few, rows[-1]]
     return list({len(row.doc_lengths): row for row in chosen}.values())
 
 
@@ -155,9 +156,10 @@ def draw_layout(config: Config, path: Path) -> list[tuple[Row, RowPlan]]:
                 )
         total = sum(plan.area(rank) for rank in range(PROCESSES))
         shares = ", ".join(f"{plan.area(rank) / total:.0%}" for rank in range(PROCESSES))
+        num_documents = len(row.doc_lengths)
         axes.set_title(
-            f"{row.domain}: {len(row.doc_lengths)} documents in the row; attention work of the "
-            f"ranks: {shares}",
+            f"{row.domain}: {num_documents} document{'s' if num_documents > 1 else ''}; "
+            f"share of the attention work: {shares}",
             fontsize=9,
             loc="left",
         )

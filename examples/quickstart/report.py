@@ -209,7 +209,8 @@ loads them from the exported folders. Left: the loss on the last {after["context
 tokens of {after["context"]["num_windows"]} windows of held-out code, always the same tokens, given
 more and more of the text before them (bars: two standard errors of the difference to the shortest).
 Right: a card of eight lines at the start of a document, asked again at its end with prose between
-(bars: 95 % intervals).</p>
+(bars: 95 % intervals, as if answers were independent). Dashed: a guess among eight words; less than
+that means that the model no longer knows it is asked.</p>
 <div class="pair"><div>{image(folder / "context.png")}</div>
 <div>{image(folder / "recall.png")}</div></div>
 {numbers_table(evaluation)}
