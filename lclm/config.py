@@ -110,9 +110,9 @@ class ParallelConfig(Section):
     so that every rank has equal tokens and nearly equal attention and few keys travel. `zigzag`:
     an early and a late part for each rank, balanced only if the row is one document."""
     cp_comm: Literal["gather", "ring", "ulysses", "ulysses_ring"] = "gather"
-    """How keys meet queries. `gather`: every rank collects all keys. `ring`: only keys that a rank's
-    queries see travel to it, under the attention on those before. `ulysses`: all-to-all, each rank
-    attends with some heads over the whole row. `ulysses_ring`: both, see `cp_ulysses`."""
+    """How keys meet queries. `gather`: every rank collects all keys. `ring`: only keys that some
+    query of a rank sees travel to it, under the attention on those before. `ulysses`: all-to-all,
+    each rank attends with some heads over the whole row. `ulysses_ring`: both, see `cp_ulysses`."""
     cp_ulysses: int = Field(default=0, ge=0)
     """`ulysses_ring` only: how many neighbouring context ranks share heads (best those of a node);
     the ring goes over cp / cp_ulysses."""
