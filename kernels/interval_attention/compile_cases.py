@@ -28,6 +28,7 @@ __all__ = ["compile_cases"]
 
 _KERNELS = {
     "fwd": attention_fwd_kernel,
+    "carry": attention_fwd_kernel,
     "dq": attention_dq_kernel,
     "dkdv": attention_dkdv_kernel,
 }
@@ -40,16 +41,14 @@ def compile_cases() -> list[CompileCase]:
     cases = [_stats_case()]
     for dtype, head_dim in itertools.product((torch.bfloat16, torch.float32), HEAD_DIMS):
         cases.append(_delta_case(dtype, head_dim))
-        for direction, has_carry in (
-            ("fwd", False), ("fwd", True), ("dq", False), ("dkdv", False)
-        ):  # fmt: skip
+        for direction in _KERNELS:
             if dtype.itemsize == 2:
                 cases += [
-                    _attention_case(direction, dtype, head_dim, has_carry, True, (90,)),
-                    _attention_case(direction, dtype, head_dim, has_carry, False, (80,)),
+                    _attention_case(direction, dtype, head_dim, True, (90,)),
+                    _attention_case(direction, dtype, head_dim, False, (80,)),
                 ]
             else:
-                cases.append(_attention_case(direction, dtype, head_dim, has_carry, False, (90,)))
+                cases.append(_attention_case(direction, dtype, head_dim, False, (90,)))
     return cases
 
 
@@ -61,7 +60,6 @@ def _attention_case(
     direction: str,
     dtype: torch.dtype,
     head_dim: int,
-    has_carry: bool,
     use_tma: bool,
     architectures: tuple[int, ...],
 ) -> CompileCase:
@@ -76,7 +74,8 @@ def _attention_case(
         "USE_TMA": use_tma,
         "PRECISION": "ieee",
     }
-    if direction == "fwd":
+    has_carry = direction == "carry"
+    if kernel is attention_fwd_kernel:
         constexprs |= {"HAS_CARRY": has_carry, "lse_stride_t": 1}
 
     def kind(name: str) -> str:
@@ -97,8 +96,8 @@ def _attention_case(
 
     names = [name for name in kernel.arg_names if name not in constexprs]
     return CompileCase(
-        name=f"interval_attention {direction}{' carry' if has_carry else ''} "
-        f"{_name(dtype)} H{head_dim}{' TMA' if use_tma else ''}",
+        name=f"interval_attention {direction} {_name(dtype)} "
+        f"H{head_dim}{' TMA' if use_tma else ''}",
         kernel=kernel,
         signature={name: kind(name) for name in names},
         constexprs=constexprs,

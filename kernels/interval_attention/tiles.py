@@ -64,7 +64,7 @@ def build_key_tiles(
     # int32 as lo and hi are: searchsorted would convert all of them to a wider type
     starts = np.arange(0, num_keys, block, dtype=np.int32)
     ends = np.minimum(starts + block, num_keys).astype(np.int32)
-    seen_lo, seen_hi = (lo, hi) if len(rows) == len(lo) else (lo[rows], hi[rows])
+    seen_lo, seen_hi = _at(rows, lo, hi)
     first = np.searchsorted(seen_hi, starts, "right")  # hi > start
     behind = np.searchsorted(seen_lo, ends, "left")  # lo < end
     is_seen = behind > first
@@ -91,12 +91,19 @@ def build_key_bounds(
 
     A key that nobody sees has first == behind.
     """
-    seen_lo, seen_hi, rows = lo[rows], hi[rows], rows.astype(np.int32)
+    seen_lo, seen_hi = _at(rows, lo, hi)
+    ends = np.array([0, len(lo)], dtype=np.int32)
+    rows = rows.astype(np.int32)
     # keys [hi of the row before, hi of this row) have this row as their first
-    first = np.repeat(np.append(rows, len(lo)), np.diff(seen_hi, prepend=0, append=num_keys))
+    first = np.concatenate([rows, ends[1:]]).repeat(np.diff(seen_hi, prepend=0, append=num_keys))
     # keys [lo of this row, lo of the next row) have this row as their last
-    behind = np.repeat(np.append(0, rows + 1), np.diff(seen_lo, prepend=0, append=num_keys))
-    return first.astype(np.int32), np.maximum(first, behind).astype(np.int32)
+    behind = np.concatenate([ends[:1], rows + np.int32(1)])
+    behind = behind.repeat(np.diff(seen_lo, prepend=0, append=num_keys))
+    return first, np.maximum(first, behind)
+
+
+def _at(rows: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return (lo, hi) if len(rows) == len(lo) else (lo[rows], hi[rows])
 
 
 def _ranges(

@@ -47,6 +47,11 @@ _TILINGS: dict[tuple[str, str], dict[int, Tiling]] = {
         128: Tiling(128, 128, 8, 2),
         256: Tiling(128, 64, 8, 2),
     },
+    ("carry", "tma"): {  # fwd with a carry, which its end reads beside the result
+        64: Tiling(128, 128, 8, 3),
+        128: Tiling(128, 128, 8, 2),
+        256: Tiling(64, 64, 8, 2),
+    },
     ("dq", "tma"): {
         64: Tiling(128, 128, 8, 2),
         128: Tiling(128, 64, 8, 2),
@@ -60,6 +65,11 @@ _TILINGS: dict[tuple[str, str], dict[int, Tiling]] = {
     ("fwd", "pointers"): {
         64: Tiling(128, 64, 8, 2),
         128: Tiling(64, 64, 4, 2),
+        256: Tiling(64, 32, 8, 2),
+    },
+    ("carry", "pointers"): {
+        64: Tiling(128, 64, 8, 2),
+        128: Tiling(128, 32, 8, 2),
         256: Tiling(64, 32, 8, 2),
     },
     ("dq", "pointers"): {
@@ -114,7 +124,7 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 def choose_tiling(direction: str, head_dim: int, dtype: torch.dtype, use_tma: bool) -> Tiling:
-    """The tile of the kernel "fwd", "dq" or "dkdv"."""
+    """The tile of the kernel "fwd", "carry" (fwd with a carry), "dq" or "dkdv"."""
     if dtype.itemsize != 2:
         return _FP32_TILINGS[padded_head_dim(head_dim)]
     return _TILINGS[direction, "tma" if use_tma else "pointers"][padded_head_dim(head_dim)]

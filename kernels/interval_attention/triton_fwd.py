@@ -217,16 +217,9 @@ def attention_fwd_kernel(
     m_out = m_row[:, None] & (tl.arange(0, BLOCK_H) < HEAD_DIM)[None, :]
     p_out = block_pointers(out_ptr, i_n, i_row, out_stride_t, out_stride_n, BLOCK_T, BLOCK_H)
     p_lse = lse_ptr + tl.cast(i_n, tl.int64) * lse_stride_n + o_row.to(tl.int64) * lse_stride_t
-    if HAS_CARRY:
-        b_max = tl.load(p_lse, mask=m_row, other=float("-inf")) * LOG2_E
-        b_sum = tl.where(b_max == float("-inf"), 0.0, 1.0)
-        b_acc = tl.load(p_out, mask=m_out, other=0.0)
-        m_row = m_row & (b_lo < b_hi)  # what sees nothing here keeps its bits
-        m_out = m_out & (b_lo < b_hi)[:, None]
-    else:
-        b_max = tl.full([BLOCK_T], float("-inf"), tl.float32)
-        b_sum = tl.zeros([BLOCK_T], tl.float32)
-        b_acc = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
+    b_max = tl.full([BLOCK_T], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_T], tl.float32)
+    b_acc = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
     b_q = load_block(
         q, i_n, i_row, q_stride_t, q_stride_n, num_queries,
         BLOCK_T, HEAD_DIM, BLOCK_H, USE_TMA, True,
@@ -246,6 +239,19 @@ def attention_fwd_kernel(
         )  # fmt: skip
     # A row that has seen nothing: out 0 / 1, lse -inf + 0.
     b_total = tl.where(b_sum == 0.0, 1.0, b_sum)
-    b_out = b_acc / b_total[:, None]
+    b_lse = b_max + tl.log2(b_total)
+    if HAS_CARRY:  # joins here, not at the start: the accumulators of the loops stay in registers
+        m_row = m_row & (b_lo < b_hi)  # what sees nothing here keeps its bits
+        m_out = m_out & (b_lo < b_hi)[:, None]
+        b_old_lse = tl.load(p_lse, mask=m_row, other=0.0) * LOG2_E
+        b_top = tl.maximum(b_lse, b_old_lse)
+        b_old = tl.exp2(b_old_lse - b_top)
+        b_new = tl.exp2(b_lse - b_top)
+        b_both = b_old + b_new
+        b_lse = b_top + tl.log2(b_both)
+        b_out = b_acc * (b_new / (b_total * b_both))[:, None]
+        b_out += tl.load(p_out, mask=m_out, other=0.0) * (b_old / b_both)[:, None]
+    else:
+        b_out = b_acc / b_total[:, None]
     tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=m_out)
-    tl.store(p_lse, (b_max + tl.log2(b_total)) * LN_2, mask=m_row)
+    tl.store(p_lse, b_lse * LN_2, mask=m_row)

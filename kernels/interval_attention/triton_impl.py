@@ -58,7 +58,8 @@ def triton_fwd(
         lse_NT.fill_(float("-inf"))
         return
     use_tma = use_tma_for(device, q_TNH.dtype)
-    tiling = choose_tiling("fwd", head_dim, q_TNH.dtype, use_tma)
+    direction = "fwd" if is_fresh else "carry"
+    tiling = choose_tiling(direction, head_dim, q_TNH.dtype, use_tma)
     tiles = plan.query_tiles(tiling.block_t, tiling.block_s, device)
     num_tiles = len(tiles.table) if is_fresh else tiles.num_seen
     if not num_tiles:
