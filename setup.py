@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Distribution, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -75,12 +75,15 @@ class BuildPyAndNative(build_py):
             )
 
 
+class NativeDistribution(Distribution):
+    """Says that the wheel depends on the platform, without an extension module of setuptools."""
+
+    def has_ext_modules(self) -> bool:
+        return True
+
+
 class PlatformWheel(bdist_wheel):
     """One wheel for every Python of a platform: the library has a C ABI and is opened by ctypes."""
-
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        self.root_is_pure = False
 
     def get_tag(self) -> tuple[str, str, str]:
         return ("py3", "none", super().get_tag()[2])
@@ -119,6 +122,7 @@ setup(
         # interpreter runs our kernels, and that interpreter fails on numpy >= 2.4
         "dev": [*TEST_REQUIREMENTS, "triton==3.6.0; sys_platform == 'linux'", "numpy<2.4"],
     },
+    distclass=NativeDistribution,
     cmdclass={"build_py": BuildPyAndNative, "bdist_wheel": PlatformWheel},
     zip_safe=False,
 )
