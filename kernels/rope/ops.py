@@ -88,8 +88,9 @@ class _PackedRopeFunction(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         dout = dout.contiguous()
         dqkv = torch.empty_like(dout)
-        heads = (x.view(cos.shape[0], *ctx.heads_shape) for x in (dout, dqkv))
-        _rotate(ctx.chosen, *heads, cos, sin, ctx.heads_shape[1] - 1, is_inverse=True)
+        shape = (cos.shape[0], *ctx.heads_shape)
+        num_rotated = ctx.heads_shape[1] - 1
+        _rotate(ctx.chosen, dout.view(shape), dqkv.view(shape), cos, sin, num_rotated, True)
         return dqkv, None, None, None, None
 
 
