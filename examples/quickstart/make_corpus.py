@@ -130,13 +130,13 @@ def recall_example(num_tokens: int, prose: list[str], rng: random.Random) -> dic
 def recall_text(num_tokens: int, prose: list[str], rng: random.Random) -> dict[str, object]:
     """One training document of a little over `num_tokens` tokens.
 
-    The card is asked four times, nearer and further, so that one row teaches 32 answers. Prose
-    after the last question makes the document long enough to be cut at `num_tokens` exactly.
+    The card is asked twice, each time far from where its answers last stood. Prose after the last
+    question makes the document long enough to be cut at `num_tokens` exactly.
     """
     card, questions = make_card(rng)
     parts = [card]
-    for share in (1 / 16, 3 / 16, 4 / 16, 5 / 16):
-        parts += [cut_prose(prose, share * num_tokens * rng.uniform(0.7, 1.0), rng), questions]
+    for _ in range(2):
+        parts += [cut_prose(prose, num_tokens * rng.uniform(0.3, 0.45), rng), questions]
     return {"text": "".join(parts) + cut_prose(prose, 0.6 * num_tokens, rng)}
 
 
