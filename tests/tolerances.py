@@ -60,3 +60,7 @@ ADAMW_FP32 = 3e-6
 # AdamW with bf16 moments against fp32 moments, five steps of size 1e-2: moments below 2 in size
 # lose up to 2^-9 of it per step, and the weight five times 1e-2 times as much.
 ADAMW_BF16_STATE = 1e-2
+
+# Loss and gradient norm with the rows of a step dealt out by cost or in order, relative, fp32: the
+# same sums in another order.
+DEALT_REL = 1e-6

@@ -24,7 +24,7 @@ from lclm.data.rows import (
 )
 from lclm_kernels.native import pack_concat
 
-__all__ = ["Cursor", "HeldOutRows", "Row", "RowRange", "StageRows"]
+__all__ = ["Cursor", "HeldOutRows", "Row", "StageRows"]
 
 
 @dataclass(frozen=True)
@@ -251,21 +251,6 @@ class StageRows:
                 + ", ".join(text for text, is_said in dropped.items() if is_said)
             )
         return "\n".join(lines)
-
-
-class RowRange(Sequence[Row]):
-    """Some rows of a stage in a row, each read when it is asked for."""
-
-    def __init__(self, planned: StageRows, first: int, count: int) -> None:
-        self._planned, self._first, self._count = planned, first, count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, number: int) -> Row:  # type: ignore[override]  # no slices
-        if not 0 <= number < self._count:
-            raise IndexError(f"row {number} of {self._count}")
-        return self._planned.row(self._first + number)
 
 
 class HeldOutRows:

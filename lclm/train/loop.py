@@ -20,7 +20,7 @@ from lclm.checkpoint import store
 from lclm.checkpoint.folder import LATEST_NAME, CheckpointError, CheckpointInfo
 from lclm.config import Config, ConfigError
 from lclm.config_file import dump_toml
-from lclm.data.loader import RowRange, StageRows
+from lclm.data.loader import StageRows
 from lclm.data.prefetch import Prefetcher
 from lclm.data.tokenizer import load_tokenizer
 from lclm.mesh import Mesh
@@ -28,7 +28,12 @@ from lclm.model.build import build_model, init_weights
 from lclm.optim import learning_rate, reset_state, set_learning_rate
 from lclm.train.flops import peak_flops, row_flops
 from lclm.train.metrics import RunLog
-from lclm.train.micro_batch import MicroBatch, MicroBatchBuilder, iterate_global_batch
+from lclm.train.micro_batch import (
+    MicroBatch,
+    MicroBatchBuilder,
+    deal_rows,
+    iterate_global_batch,
+)
 from lclm.train.stages import domain_names, find_position, plan_validation
 from lclm.train.step import Engine, StepResult
 
@@ -149,10 +154,12 @@ class Run:
         self, number: int, steps: range, build: MicroBatchBuilder
     ) -> Iterator[MicroBatch]:
         """This rank's micro-batches of all these steps of a stage, one after another."""
-        planned, count = self.planned[number], self.config.stage[number].rows_per_step
+        count = self.config.stage[number].rows_per_step
         for stage_step in steps:
-            rows = RowRange(planned, stage_step * count, count)
-            yield from iterate_global_batch(rows, build, self.mesh)
+            first = stage_step * count
+            costs = [self._row_flops(number, row) for row in range(first, first + count)]
+            for row in deal_rows(costs, self.mesh.dp_size)[self.mesh.dp_rank]:
+                yield build(self.planned[number].row(first + row))
 
     def _train_step(
         self, number: int, stage_step: int, micro_batches: Iterator[MicroBatch]
@@ -187,15 +194,7 @@ class Run:
         data_seconds: float,
     ) -> dict[str, Any]:
         stage = self.config.stage[number]
-        row_as_one = np.array([stage.seq_length])
-        flops = sum(
-            row_flops(
-                self.config.model,
-                self.planned[number].doc_lengths(row) if stage.document_mask else row_as_one,
-            )
-            for row in rows
-        )
-        flops_per_second = flops / seconds
+        flops_per_second = sum(self._row_flops(number, row) for row in rows) / seconds
         record: dict[str, Any] = {
             "step": self.step,
             "stage": stage.name,
@@ -220,6 +219,14 @@ class Run:
             if peak is not None:
                 record["mfu"] = flops_per_second / (peak * self.mesh.world_size)
         return record
+
+    def _row_flops(self, number: int, row: int) -> float:
+        """Model FLOPs of a row of stage `number`, with or without its document mask."""
+        stage = self.config.stage[number]
+        lengths = np.array([stage.seq_length])
+        if stage.document_mask:
+            lengths = self.planned[number].doc_lengths(row)
+        return row_flops(self.config.model, lengths)
 
     def _maybe_validate(self, number: int, build: MicroBatchBuilder, is_last: bool) -> None:
         every = self.config.validation.every_steps

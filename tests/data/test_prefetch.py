@@ -10,7 +10,7 @@ import pytest
 
 from lclm.data import retry
 from lclm.data.indexed import IndexedReader
-from lclm.data.loader import RowRange, StageRows
+from lclm.data.loader import StageRows
 from lclm.data.mixture import MixtureEntry
 from lclm.data.prefetch import Prefetcher
 
@@ -101,15 +101,11 @@ def test_a_file_cut_short_under_way_is_named(write_prefix, flaky):
         reader.read(1)
 
 
-def test_row_ranges_and_lengths_without_tokens(write_prefix):
+def test_lengths_without_tokens(write_prefix):
     prefix = write_prefix("a", [7, 20, 3, 9, 30, 5])
     for packing in ("concat", "best-fit"):
         rows = StageRows([MixtureEntry(prefix, packing, 0, 1.0)], 16, 4, 3)
-        part = RowRange(rows, 1, 3)
-        assert len(part) == 3
-        for number, row in enumerate(part):
-            assert np.array_equal(row.tokens, rows.row(1 + number).tokens)
-            assert rows.doc_lengths(1 + number).tolist() == row.doc_lengths.tolist()
-            assert rows.doc_lengths(1 + number).dtype == np.int64
-        with pytest.raises(IndexError):
-            part[3]
+        for number in range(4):
+            lengths = rows.doc_lengths(number)
+            assert lengths.tolist() == rows.row(number).doc_lengths.tolist()
+            assert lengths.dtype == np.int64

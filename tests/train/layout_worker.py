@@ -38,11 +38,12 @@ def train_steps(
     from lclm.data.loader import Row
     from lclm.mesh import build_mesh, leave
 
-    config = tiny_config("unused", **changes)
+    is_in_order = changes.get("in_order", False)
+    config = tiny_config("unused", **{k: v for k, v in changes.items() if k != "in_order"})
     mesh = build_mesh(config)
     from lclm.model.build import build_model, init_weights
     from lclm.optim import learning_rate, set_learning_rate
-    from lclm.train.micro_batch import MicroBatchBuilder, iterate_global_batch
+    from lclm.train.micro_batch import MicroBatchBuilder, deal_rows
     from lclm.train.step import Engine
 
     model = build_model(config, mesh)
@@ -53,10 +54,13 @@ def train_steps(
     results = []
     for step in range(num_steps):
         rows = [Row(*make_row(step * ROWS_PER_STEP + n), domain="a") for n in range(ROWS_PER_STEP)]
+        if not is_in_order:
+            dealt = deal_rows([float((row.doc_lengths**2).sum()) for row in rows], mesh.dp_size)
+            mine = dealt[mesh.dp_rank]
+        else:
+            mine = list(range(mesh.dp_rank, ROWS_PER_STEP, mesh.dp_size))
         set_learning_rate(engine.optimizer, learning_rate(stage, step), 0.1, decay_norms=False)
-        result = engine.train_step(
-            iterate_global_batch(rows, build, mesh), ROWS_PER_STEP // mesh.dp_size, ROW_LENGTH
-        )
+        result = engine.train_step((build(rows[number]) for number in mine), len(mine), ROW_LENGTH)
         results.append((result.loss, result.grad_norm))
     leave(mesh)
     return results

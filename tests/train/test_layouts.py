@@ -15,6 +15,7 @@ NUM_STEPS = 4
 
 TWO_RANKS = {
     "dp2": {},
+    "dp2 in order": {"in_order": True},
     "tp2": {"parallel__tp": 2},
     "cp2": {"parallel__cp": 2},
     "cp2 zigzag": {"parallel__cp": 2, "parallel__cp_layout": "zigzag"},
@@ -134,6 +135,8 @@ def test_the_mask_and_tying_matter(one_process: dict) -> None:
 def test_two_ranks(one_process: dict) -> None:
     for found in run_distributed(train_layouts, 2, NUM_STEPS, TWO_RANKS, timeout=240):
         _compare(TWO_RANKS, found, one_process)
+        for dealt, in_order in zip(found["dp2"], found["dp2 in order"], strict=True):
+            assert dealt == pytest.approx(in_order, rel=tolerances.DEALT_REL)
 
 
 @pytest.mark.slow
