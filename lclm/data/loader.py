@@ -191,12 +191,6 @@ class StageRows:
         """Prefix -> the name that this domain's rows carry."""
         return {prefix: domain.name for prefix, domain in self._domains.items()}
 
-    @property
-    def vocab_sizes(self) -> dict[str, int]:
-        """Prefix -> tokens of the vocabulary it was written with, where its `.json` says."""
-        known = {p: domain.reader.metadata.get("vocab_size") for p, domain in self._domains.items()}
-        return {prefix: int(size) for prefix, size in known.items() if size is not None}
-
     def row(self, number: int) -> Row:
         """Row `number` of the stage, 0 <= number < num_rows.
 

@@ -73,10 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from lclm.train.stages import plan_stages
 
         mesh = build_mesh(config)
-        planned = plan_stages(config, Path(config.run.dir) / "plans")
         from lclm.train.loop import Run
+        from lclm.train.start import find_start
 
-        run = Run(config, mesh, planned)
+        start = find_start(config)
+        planned = plan_stages(config, Path(config.run.dir) / "plans")
+        run = Run(config, mesh, planned, start)
     except (ValueError, FileNotFoundError) as error:
         if os.environ.get("RANK", "0") == "0":
             logger.error("%s", error)

@@ -17,12 +17,11 @@ import torch.distributed as dist
 
 import lclm
 from lclm.checkpoint import store
-from lclm.checkpoint.folder import LATEST_NAME, CheckpointError, CheckpointInfo
-from lclm.config import Config, ConfigError
+from lclm.checkpoint.folder import CheckpointInfo
+from lclm.config import Config
 from lclm.config_file import dump_toml
 from lclm.data.loader import StageRows
 from lclm.data.prefetch import Prefetcher
-from lclm.data.tokenizer import load_tokenizer
 from lclm.mesh import Mesh
 from lclm.model.build import build_model, init_weights
 from lclm.optim import learning_rate, reset_state, set_learning_rate
@@ -35,6 +34,7 @@ from lclm.train.micro_batch import (
     iterate_global_batch,
 )
 from lclm.train.stages import domain_names, find_position, plan_validation
+from lclm.train.start import Start, model_fields
 from lclm.train.step import Engine, StepResult
 
 logger = logging.getLogger(__name__)
@@ -45,31 +45,29 @@ MICRO_BATCHES_AHEAD = 8
 
 
 class Run:
-    """A training run on this process's mesh.
+    """A training run on this process's mesh, from what `find_start` found."""
 
-    Raises:
-        ConfigError, CheckpointError: when data, tokenizer or checkpoints do not fit, before the
-            first step.
-    """
-
-    def __init__(self, config: Config, mesh: Mesh, planned: list[StageRows]) -> None:
+    def __init__(self, config: Config, mesh: Mesh, planned: list[StageRows], start: Start) -> None:
         self.config, self.mesh, self.planned = config, mesh, planned
         self.dir = Path(config.run.dir)
         self.checkpoint_dir = self.dir / "checkpoints"
         self.held_out = plan_validation(config)
-        self.tokenizer = check_tokenizer(config)
-        model = build_model(config, mesh)
-        self.model_fields = config.model.model_dump(exclude={"init_from"})
+        self.tokenizer = start.tokenizer
+        self.model_fields = model_fields(config)
         self.step = 0
-        start = self._find_checkpoint()
-        if start is None and config.model.init_from:
-            source = store.load(config.model.init_from, self.model_fields, mesh, model, None)
-            logger.info("weights from %s (step %d)", config.model.init_from, source.step)
-        elif start is None:
+        model = build_model(config, mesh)
+        if start.weights is not None:
+            info = store.load(start.weights, self.model_fields, mesh, model, None)
+            logger.info("weights from %s (step %d)", start.weights, info.step)
+        elif start.checkpoint is None:
             init_weights(model, config, mesh)
         self.engine = Engine(config, mesh, model, domain_names(planned))
-        if start is not None:
-            self.step = self._resume(start)
+        if start.checkpoint is not None:
+            info = store.load(
+                start.checkpoint, self.model_fields, mesh, model, self.engine.optimizer
+            )
+            self.step = info.step
+            logger.info("resumed from %s at step %d", start.checkpoint, info.step)
         self.log: RunLog | None = None
         if mesh.rank == 0:
             self.dir.mkdir(parents=True, exist_ok=True)
@@ -79,35 +77,6 @@ class Run:
                 encoding="utf-8",
             )
             self.log = RunLog(self.dir, config.metrics.tensorboard, self.step)
-
-    def _find_checkpoint(self) -> Path | None:
-        """The checkpoint folder to go on from, or None to start."""
-        resume = self.config.checkpoint.resume
-        if resume == "never":
-            return None
-        if (self.checkpoint_dir / LATEST_NAME).is_file():
-            return self.checkpoint_dir
-        if resume == "required":
-            raise CheckpointError(
-                f"checkpoint.resume = 'required': {self.checkpoint_dir} has no checkpoint; "
-                "use 'auto' to start a new run"
-            )
-        return None
-
-    def _resume(self, path: Path) -> int:
-        info = store.load(
-            path, self.model_fields, self.mesh, self.engine.module, self.engine.optimizer
-        )
-        here = find_position(self.config, info.step)
-        if (here.stage, here.stage_step, here.tokens) != (info.stage, info.stage_step, info.tokens):
-            raise CheckpointError(
-                f"checkpoint {path}: step {info.step} is step {info.stage_step} of stage "
-                f"{info.stage} after {info.tokens} tokens there, but step {here.stage_step} of "
-                f"stage {here.stage} after {here.tokens} tokens in this configuration; give the "
-                "stages their old tokens and tokens_per_step, or start with model.init_from"
-            )
-        logger.info("resumed from %s at step %d", path, info.step)
-        return info.step
 
     @property
     def last_step(self) -> int:
@@ -311,23 +280,6 @@ class Stopwatch:
             if item is None:
                 return
             yield item
-
-
-def check_tokenizer(config: Config) -> Path | None:
-    """The tokenizer's file or folder, if any, after comparing its vocabulary with the model's.
-
-    Raises:
-        ConfigError: if the tokenizer has more tokens than the model has rows.
-    """
-    if not config.data.tokenizer:
-        return None
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"data.tokenizer({config.data.tokenizer}) has {tokenizer.vocab_size} tokens, more than "
-            f"model.vocab_size({config.model.vocab_size}); raise model.vocab_size"
-        )
-    return Path(config.data.tokenizer)
 
 
 def versions() -> dict[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lclm.config import Config, ConfigError, check_world
+from lclm.config import Config, check_world
 from lclm.data.loader import HeldOutRows, StageRows
 
 
@@ -46,8 +46,7 @@ def plan_stages(config: Config, cache_dir: Path | None = None) -> list[StageRows
         cache_dir: where plans are kept for the next start; None: nowhere.
 
     Raises:
-        ValueError: if files are missing, a domain is too small for its share, or token ids may
-            lie beyond the model's vocabulary.
+        ValueError: if files are missing or a domain is too small for its share; before training.
     """
     planned: list[StageRows] = []
     for number, stage in enumerate(config.stage):
@@ -64,13 +63,6 @@ def plan_stages(config: Config, cache_dir: Path | None = None) -> list[StageRows
                 cache_dir=cache_dir,
             )
         )
-        for prefix, size in planned[-1].vocab_sizes.items():
-            if size > config.model.vocab_size:
-                raise ConfigError(
-                    f"stage.{number}.mixture: {prefix} was written with a vocabulary of {size} "
-                    f"tokens, more than model.vocab_size({config.model.vocab_size}); raise "
-                    "model.vocab_size or preprocess with the model's tokenizer"
-                )
     return planned
 
 

@@ -1,0 +1,107 @@
+"""What a run starts from. Refuses what cannot be run before anything is computed or written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lclm.checkpoint import store
+from lclm.checkpoint.folder import (
+    LATEST_NAME,
+    CheckpointError,
+    CheckpointInfo,
+    read_info,
+    resolve_step_folder,
+)
+from lclm.config import Config, ConfigError
+from lclm.data.indexed import IndexedReader
+from lclm.data.tokenizer import load_tokenizer
+from lclm.train.stages import find_position
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where weights and tokenizer come from."""
+
+    tokenizer: Path | None
+    """Tokenizer file or folder that travels in checkpoints."""
+    checkpoint: Path | None
+    """Checkpoint folder to resume from."""
+    weights: Path | None
+    """Checkpoint folder whose weights alone are taken, where nothing is resumed."""
+
+
+def find_start(config: Config) -> Start:
+    """Find what the run starts from and check that it fits the configuration.
+
+    Raises:
+        ConfigError: the vocabulary of the tokenizer or of a data file exceeds the model's.
+        CheckpointError: a checkpoint is wanted and absent, of another architecture, or of a run
+            whose stages had other lengths.
+        ValueError: a data file or the tokenizer cannot be read.
+    """
+    tokenizer = _check_tokenizer(config)
+    _check_vocabulary(config)
+    checkpoint = _find_checkpoint(config)
+    weights = Path(config.model.init_from) if config.model.init_from and not checkpoint else None
+    source = checkpoint or weights
+    if source is not None:
+        folder = resolve_step_folder(source)
+        info = read_info(folder)
+        store.check_architecture(folder, info, model_fields(config))
+        if checkpoint is not None:
+            _check_position(config, folder, info)
+    return Start(tokenizer, checkpoint, weights)
+
+
+def model_fields(config: Config) -> dict[str, object]:
+    """The fields of `[model]` that a checkpoint records."""
+    return config.model.model_dump(exclude={"init_from"})
+
+
+def _check_tokenizer(config: Config) -> Path | None:
+    if not config.data.tokenizer:
+        return None
+    size = load_tokenizer(config.data.tokenizer).vocab_size
+    if size > config.model.vocab_size:
+        raise ConfigError(
+            f"data.tokenizer({config.data.tokenizer}) has {size} tokens, more than "
+            f"model.vocab_size({config.model.vocab_size}); raise model.vocab_size"
+        )
+    return Path(config.data.tokenizer)
+
+
+def _check_vocabulary(config: Config) -> None:
+    for prefix in dict.fromkeys(e.prefix for stage in config.stage for e in stage.mixture):
+        size = IndexedReader(prefix).metadata.get("vocab_size", 0)
+        if size > config.model.vocab_size:
+            raise ConfigError(
+                f"mixture: {prefix} was written with a vocabulary of {size} tokens, more than "
+                f"model.vocab_size({config.model.vocab_size}); raise model.vocab_size or "
+                "preprocess with the model's tokenizer"
+            )
+
+
+def _find_checkpoint(config: Config) -> Path | None:
+    folder = Path(config.run.dir) / "checkpoints"
+    if config.checkpoint.resume == "never":
+        return None
+    if (folder / LATEST_NAME).is_file():
+        return folder
+    if config.checkpoint.resume == "required":
+        raise CheckpointError(
+            f"checkpoint.resume = 'required': {folder} has no checkpoint; "
+            "use 'auto' to start a new run"
+        )
+    return None
+
+
+def _check_position(config: Config, folder: Path, info: CheckpointInfo) -> None:
+    here = find_position(config, info.step)
+    if (here.stage, here.stage_step, here.tokens) != (info.stage, info.stage_step, info.tokens):
+        raise CheckpointError(
+            f"checkpoint {folder}: step {info.step} is step {info.stage_step} of stage "
+            f"{info.stage} after {info.tokens} tokens there, but step {here.stage_step} of "
+            f"stage {here.stage} after {here.tokens} tokens in this configuration; give the "
+            "stages their old tokens and tokens_per_step, or start with model.init_from"
+        )
