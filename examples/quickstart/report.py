@@ -236,7 +236,7 @@ def main() -> int:
     evaluation = json.loads(arguments.evaluation.read_text(encoding="utf-8"))
     page = build_page(steps, config, evaluation, arguments.output.parent)
     work = arguments.output.with_name(f"{arguments.output.name}.tmp-{os.getpid()}")
-    work.write_text(page, encoding="utf-8")
+    work.write_text(page, encoding="ascii", errors="xmlcharrefreplace")
     work.replace(arguments.output)
     for text in [*describe_recall(evaluation), *describe_context(evaluation)]:
         print(f"  {text}")
