@@ -15,6 +15,8 @@ import pytest
 
 from lclm_kernels.backend import IS_INTERPRETED
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).resolve().parent
 TIMEOUT_S = 900  # a minute or two on an idle machine
 FILES = sorted(
