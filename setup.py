@@ -100,7 +100,7 @@ setup(
     package_data={"lclm_kernels.native": ["*.cpp", "*.h"]},
     # No Triton here: a CUDA build of torch brings the one version it was made for.
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.8",  # a matrix product of bf16 that adds to fp32
         "megatron-core>=0.16.1,<0.20",
         "psutil",  # used by megatron-core when it saves, not declared by it
         "numpy",

@@ -138,6 +138,8 @@ def _add_matmul(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
     """Add left @ right to total, which may be wider than both."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
+    elif total.device.type == "cuda":  # added within the product, in fp32; torch has it there only
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total.add_(left @ right)  # each product is rounded once, their sum is not
 
