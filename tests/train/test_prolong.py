@@ -1,4 +1,4 @@
-"""ProLong's configuration is real: it resolves, has the sizes it claims, and plans its steps."""
+"""The papers' configurations are real: they resolve, have the sizes they claim, plan their steps."""
 
 from __future__ import annotations
 
@@ -43,6 +43,20 @@ def test_it_says_what_the_paper_says() -> None:
     long_share = sum(e.share for e in second.mixture if e.piece_length == 524288)
     assert long_share == pytest.approx(0.20)
     assert second.optimizer_state == "carry"
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "steps", "rows_per_step"),
+    [("prolong_sft", LLAMA_3_8B, 250, 64), ("llama2_long", 6_738_415_616, 100_000, 128)],
+)
+def test_the_other_recipes_resolve(
+    name: str, parameters: int, steps: int, rows_per_step: int
+) -> None:
+    config = load_config(CONFIG.with_name(f"{name}.toml"))
+    (stage,) = config.stage
+    assert config.model.num_parameters() == parameters
+    assert (stage.num_steps, stage.rows_per_step) == (steps, rows_per_step)
+    assert check_world(config, 64) == 8
 
 
 def count_parameters() -> int:
