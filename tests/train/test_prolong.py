@@ -1,4 +1,4 @@
-"""The papers' configurations are real: they resolve, have the sizes they claim, plan their steps."""
+"""The papers' configurations are real: they resolve, have the sizes they claim, plan steps."""
 
 from __future__ import annotations
 
