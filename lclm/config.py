@@ -7,9 +7,10 @@ rule and the remedy. Files and overrides are read in `lclm.config_file`.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
 
 
 class ConfigError(ValueError):
@@ -171,8 +172,27 @@ class MixtureEntry(Section):
     `best-fit`: whole documents, what they leave of a row is padding without labels."""
     piece_length: int = Field(default=0, ge=0)
     """`exact` only: tokens of a piece, dividing the stage's seq_length; 0: seq_length."""
-    share: float = Field(gt=0, le=1)
-    """Share of the stage's tokens. The shares of a stage add up to 1."""
+    share: float | tuple[float, float]
+    """Share of the stage's tokens, above 0: constant, or at the stage's start and at its end,
+    changing linearly between them. The shares of a stage add up to 1 at both."""
+
+    @field_validator("share", mode="before")
+    @classmethod
+    def _check_share(cls, share: Any) -> Any:
+        ends = share if isinstance(share, (list, tuple)) else (share, share)
+        is_number = all(type(end) in (int, float) for end in ends)
+        if not (len(ends) == 2 and is_number and all(0 <= end <= 1 for end in ends) and any(ends)):
+            raise PydanticCustomError(
+                "share",
+                "a share is a number above 0 and at most 1, or [start, end] from 0 to 1 with one "
+                "of them above 0; leave an entry without share out",
+            )
+        return share
+
+    @property
+    def share_ends(self) -> tuple[float, float]:
+        """Share at the stage's start and at its end."""
+        return self.share if isinstance(self.share, tuple) else (self.share, self.share)
 
 
 class StageConfig(Section):
@@ -398,11 +418,15 @@ def _check_stage(config: Config, number: int, stage: StageConfig) -> None:
 
 
 def _check_mixture(where: str, stage: StageConfig) -> None:
-    total = sum(entry.share for entry in stage.mixture)
-    if abs(total - 1.0) > 1e-6:
-        raise ConfigError(
-            f"{where}.mixture: the shares add up to {total:.6f}; they must add up to 1"
-        )
+    is_constant = all(start == end for start, end in (e.share_ends for e in stage.mixture))
+    for place, name in enumerate(("start", "end")):
+        total = sum(entry.share_ends[place] for entry in stage.mixture)
+        if abs(total - 1.0) > 1e-6:
+            at = "" if is_constant else f" at the stage's {name}"
+            raise ConfigError(
+                f"{where}.mixture: the shares add up to {total:.6f}{at}; they must add up to 1: "
+                "change one of them"
+            )
     for number, entry in enumerate(stage.mixture):
         name = f"{where}.mixture.{number}"
         if entry.packing != "exact" and entry.piece_length:

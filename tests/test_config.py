@@ -92,7 +92,16 @@ MESSAGES = [
     ("stage.0.tokens=1000", "must be a multiple of tokens_per_step(256); the nearest is 1024"),
     ("stage.0.min_lr=1", "stage.0.min_lr(1.0) is above lr(0.01)"),
     ("stage.0.mixture.0.share=0.6", "stage.0.mixture: the shares add up to 1.100000"),
-    ("stage.0.mixture.0.share=0", "stage.0.mixture.0.share = 0: Input should be greater than 0"),
+    ("stage.0.mixture.0.share=0", "stage.0.mixture.0.share = 0: a share is a number above 0 and"),
+    ("stage.0.mixture.0.share=-0.5", "stage.0.mixture.0.share = -0.5: a share is a number above 0"),
+    ("stage.0.mixture.0.share=half", "stage.0.mixture.0.share = 'half': a share is a number"),
+    ("stage.0.mixture.0.share=true", "stage.0.mixture.0.share = True: a share is a number"),
+    ("stage.0.mixture.0.share=nan", "stage.0.mixture.0.share = nan: a share is a number"),
+    ("stage.0.mixture.0.share=[0, 0]", "share = [0, 0]: a share is a number above 0 and at most 1"),
+    ("stage.0.mixture.0.share=[0.5]", "share = [0.5]: a share is a number above 0 and at most 1"),
+    ("stage.0.mixture.0.share=[-0.1, 0.5]", "share = [-0.1, 0.5]: a share is a number above 0"),
+    ("stage.0.mixture.0.share=[0.4, 0.5]", "shares add up to 0.900000 at the stage's start; they"),
+    ("stage.0.mixture.0.share=[0.5, 0.6]", "shares add up to 1.100000 at the stage's end; they"),
     ("validation.every_steps=5", "has no effect while validation.rows_per_domain is 0"),
     ("stage.0.mixture.0.piece_length=8", "piece_length has no effect with packing concat"),
     ("stage.0.mixture.1.piece_length=48", "piece_length(48) must divide seq_length(64)"),
@@ -103,6 +112,15 @@ MESSAGES = [
 def test_each_rule_says_what_to_do(run_file: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         load_config(run_file, [override])
+
+
+def test_shares_that_change(run_file: Path, tmp_path: Path) -> None:
+    changes = ["stage.0.mixture.0.share=[0, 1]", "stage.0.mixture.1.share=[1.0, 0.0]"]
+    config = load_config(run_file, changes)
+    assert [entry.share_ends for entry in config.stage[0].mixture] == [(0, 1), (1, 0)]
+    path = tmp_path / "dumped.toml"
+    path.write_text(dump_toml(config))
+    assert load_config(path) == config
 
 
 def test_constant_schedule_refuses_a_floor(run_file: Path) -> None:

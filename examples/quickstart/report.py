@@ -129,7 +129,7 @@ def stage_table(steps: list[dict[str, Any]], config: Config) -> str:
         domains = {}
         for entry in stage.mixture:
             domain = Path(entry.prefix).name
-            domains[domain] = domains.get(domain, 0) + entry.share
+            domains[domain] = domains.get(domain, 0) + sum(entry.share_ends) / 2
         tail = own[-max(1, len(own) // 10) :]
         rows.append(
             [

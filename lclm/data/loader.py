@@ -13,7 +13,7 @@ import numpy as np
 
 from lclm.data.domain import Cursor, Domain, seeded_order
 from lclm.data.indexed import IndexedReader
-from lclm.data.mixture import Entry, assign_rows, check_entries
+from lclm.data.mixture import Entry, assign_rows, check_entries, share_ends
 from lclm.data.plan_cache import Plan, hash_plan, load_or_make
 from lclm.data.rows import (
     DomainRows,
@@ -91,7 +91,7 @@ class StageRows:
         """Plan the stage.
 
         Args:
-            entries: the mixture; shares of tokens add up to 1.
+            entries: the mixture; shares of tokens, at the start and at the end, add up to 1.
             seq_length: tokens of a row.
             num_rows: rows of the whole stage.
             seed: of the run.
@@ -225,8 +225,10 @@ class StageRows:
         for number, entry in enumerate(self._entries):
             pieces = f" of {self._piece_lengths[number]}" if entry.packing == "exact" else ""
             count = int(self._rows_per_entry[number])
+            ends = dict.fromkeys(share_ends(entry.share))
             lines.append(
-                f"{entry.prefix}: share {entry.share:g}, {entry.packing}{pieces}, {count} rows, "
+                f"{entry.prefix}: share {' to '.join(f'{share:g}' for share in ends)}, "
+                f"{entry.packing}{pieces}, {count} rows, "
                 f"{count * self.seq_length} tokens"
             )
         for prefix, domain in self._domains.items():

@@ -142,7 +142,10 @@ def describe(config: Config, world_size: int, planned: Sequence[StageRows] = ())
             piece = (
                 f" {entry.piece_length or stage.seq_length:,}" if entry.packing == "exact" else ""
             )
-            lines.append(f"           {entry.share:7.2%} {entry.prefix} ({entry.packing}{piece})")
+            shares = dict.fromkeys(f"{share:.2%}" for share in entry.share_ends)
+            lines.append(
+                f"           {' to '.join(shares):>7} {entry.prefix} ({entry.packing}{piece})"
+            )
         if planned:
             lines += [f"           {line}" for line in planned[number].summary().splitlines()]
         first += stage.num_steps

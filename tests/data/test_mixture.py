@@ -1,7 +1,11 @@
 """Shares of a mixture: exact, checked, and independent of how they are written."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lclm.data.mixture import MixtureEntry, assign_rows, check_entries
 
@@ -45,11 +49,70 @@ def test_shares_within_the_tolerance(shares):
         ([1.0, 0.0], r"mixture\.1\.share is 0"),
         ([float("nan"), 1.0], "greater than 0"),
         ([1.0, 1e-13], "below the resolution"),
+        ([(0.5, 0.6), 0.5], "add up to 1.1 at the stage's end"),
+        ([(0.4, 0.5), (0.5, 0.5)], "add up to 0.9 at the stage's start"),
+        ([(0.0, 0.0), 1.0], r"mixture\.0\.share is \(0\.0, 0\.0\); .* leave the entry out"),
+        ([(0.2, -0.1), (0.8, 1.1)], r"mixture\.0\.share is \(0\.2, -0\.1\)"),
+        ([(0.5, float("nan")), 0.5], "greater than 0"),
     ],
 )
 def test_bad_shares(shares, message):
     with pytest.raises(ValueError, match=message):
         assign_rows(shares, 10)
+
+
+def far_from_target(rows, starts, lasts):
+    """Most rows that a count is ever away from the integral of its share, exact."""
+    counts = np.cumsum(rows[:, None] == np.arange(len(starts)), axis=0).tolist()
+    starts, lasts = ([Fraction(share) / sum(ends) for share in ends] for ends in (starts, lasts))
+    farthest = Fraction(0)
+    for num_rows, row in enumerate(counts, start=1):
+        for count, start, last in zip(row, starts, lasts):
+            target = start * num_rows + (last - start) * Fraction(num_rows**2, 2 * len(rows))
+            farthest = max(farthest, abs(count - target))
+    return farthest
+
+
+weights = st.lists(st.integers(0, 20), min_size=8, max_size=8)
+
+
+@settings(max_examples=100, deadline=None)
+@given(weights, weights, st.integers(2, 8), st.integers(1, 300))
+def test_changing_shares_stay_within_one_row_of_their_integral(starts, lasts, count, num_rows):
+    starts, lasts = starts[:count], lasts[:count]
+    starts[0], lasts[-1] = starts[0] + 1, lasts[-1] + 1
+    starts, lasts = ([w + (a + b == 0) for w, a, b in zip(ends, starts, lasts)]
+                     for ends in (starts, lasts))  # fmt: skip
+    pairs = list(zip(np.array(starts) / sum(starts), np.array(lasts) / sum(lasts)))
+    rows = assign_rows([(float(a), float(b)) for a, b in pairs], num_rows)
+    assert rows.dtype == np.int16 and len(rows) == num_rows
+    bound = 1 - Fraction(1, 2 * count - 2)  # Tijdeman's
+    assert far_from_target(rows, starts, lasts) <= bound + Fraction(num_rows, 10**11)
+
+
+def test_a_share_that_starts_at_nothing():
+    rows = assign_rows([(0.0, 1.0), (1.0, 0.0)], 8)
+    # targets of the first entry: n^2 / 16
+    assert rows.tolist() == [1, 1, 0, 1, 0, 1, 0, 0]
+
+
+def test_prolongs_mixture_that_moves_to_long_documents():
+    """Constant and changing shares together over many rows: doubles, exact to 1e-9 rows here."""
+    num_rows = 100_000
+    first = np.array(PROLONG_512K)
+    last = np.array([0.35, 0.35, 0.05, 0.05, 0.03, 0.03, 0.02, 0.03, 0.02, 0.03, 0.03, 0.01])
+    shares = [a if a == b else (a, b) for a, b in zip(first.tolist(), last.tolist())]
+    rows = assign_rows(shares, num_rows)
+    counts = np.cumsum(rows[:, None] == np.arange(12), axis=0)
+    n = np.arange(1, num_rows + 1)[:, None]
+    assert np.abs(counts - n * first - (last - first) * (n / num_rows) * n / 2).max() < 1
+    assert np.array_equal(counts[-1], np.rint((first + last) / 2 * num_rows))
+
+
+def test_pairs_of_equal_ends_are_constant_shares():
+    assert assign_rows([(1.0, 1.0000001)], 3).tolist() == [0, 0, 0]
+    constant = assign_rows([0.2, 0.7, 0.1], 500)
+    assert np.array_equal(assign_rows([(0.2, 0.2), 0.7, (0.1, 0.1)], 500), constant)
 
 
 def test_piece_lengths():
