@@ -25,7 +25,7 @@ import numpy as np
 
 from lclm.data.encode import EncodeOptions, encode_sources
 from lclm.data.fast import Encoder, choose_library
-from lclm.data.indexed import IndexedReader, adopt_tokens, dtype_for_vocab
+from lclm.data.indexed import IndexedReader, adopt_tokens
 from lclm.data.loader import StageRows
 from lclm.data.mixture import MixtureEntry
 from lclm.data.readers import find_sources
@@ -81,14 +81,13 @@ def bench_preprocess(arguments: argparse.Namespace) -> None:
     """The whole tool's work against the raw tokenizer on texts in memory (the floor)."""
     os.environ["RAYON_NUM_THREADS"] = "1"
     tokenizer = load_tokenizer(arguments.tokenizer)
-    dtype = dtype_for_vocab(tokenizer.vocab_size)
     sources = find_sources([arguments.input])
     lines = arguments.input.read_bytes().splitlines()
     texts = [json.loads(line)["text"] for line in lines]
     num_bytes = sum(len(text.encode()) for text in texts)
-    plain_json = choose_library(tokenizer, "auto", texts[:8], dtype)
-    fast = Encoder(tokenizer, dtype, plain_json)
-    slow = Encoder(tokenizer, dtype, None)
+    plain_json = choose_library(tokenizer, "auto", texts[:8])
+    fast = Encoder(tokenizer, plain_json)
+    slow = Encoder(tokenizer, None)
     sample = texts[: max(1, len(texts) // 40)]
     if any(not np.array_equal(a, b) for a, b in zip(fast.encode(sample), slow.encode(sample))):
         sys.exit("benchmarks/data.py: the libraries give different ids; nothing is measured")

@@ -1,19 +1,16 @@
 """Text files to indexed token files, with worker processes.
 
-Each worker turns units of input into part files of its own, arrays written as they come from the
-tokenizer; the parent joins the parts in input order. So the output does not depend on the number of
-workers, memory does not depend on the size of the input, and a run that was killed goes on from the
-parts that are complete.
+Each worker turns units of input into arrays of tokens and writes them where they belong in the file
+of all tokens; the parent notes in input order what is done. So the output does not depend on the
+number of workers, memory does not depend on the size of the input, tokens are written once, and a
+run that was killed goes on from the last unit noted.
 """
 
-import concurrent.futures
 import hashlib
 import itertools
 import json
 import logging
-import multiprocessing
 import os
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,24 +18,17 @@ from pathlib import Path
 import numpy as np
 
 from lclm.data.documents import read_unit
-from lclm.data.encode_worker import (
-    EncodeOptions,
-    Part,
-    Worker,
-    WorkerState,
-    encode_in_worker,
-    start_worker,
-)
+from lclm.data.encode_pool import encode_in_pool
+from lclm.data.encode_worker import Encoded, EncodeOptions, Worker, WorkerState
 from lclm.data.fast import choose_library
-from lclm.data.indexed import adopt_tokens, dtype_for_vocab
+from lclm.data.indexed import adopt_tokens
 from lclm.data.progress import Progress
-from lclm.data.readers import BLOCK_BYTES, PARQUET, Source, Unit, iterate_units
+from lclm.data.readers import BLOCK_BYTES, PARQUET, Problem, Source, Unit, iterate_units
 from lclm.data.tokenizer import Tokenizer
 from lclm.data.unfinished import State, Unfinished
 
 __all__ = ["EncodeOptions", "EncodeSummary", "encode_sources"]
 
-UNITS_AHEAD = 3  # per worker, handed out before the oldest result is needed
 NUM_NAMED = 5  # problems named in full
 SAMPLE_UNITS = 4  # of which documents are taken to compare tokenizer libraries
 SAMPLE_TEXTS = 8  # of each
@@ -97,9 +87,9 @@ def encode_sources(
         if work.was_discarded:
             _LOG.warning("%s: held work on other inputs or options; started anew", work.folder)
         if work.has_resumed:
-            _LOG.info("%s: going on after %d parts", work.folder, work.state.parts)
+            _LOG.info("%s: going on after %d units", work.folder, work.state.units)
         try:
-            _join_parts(sources, tokenizer, options, work, block_bytes)
+            _encode_rest(sources, tokenizer, options, work, block_bytes)
             _check_result(sources, options, work.state)
             work.state.is_complete = True
             work.save()
@@ -209,36 +199,35 @@ def _check_result(sources: Sequence[Source], options: EncodeOptions, state: Stat
         )
 
 
-def _join_parts(
+def _encode_rest(
     sources: Sequence[Source],
     tokenizer: Tokenizer,
     options: EncodeOptions,
     work: Unfinished,
     block_bytes: int,
 ) -> None:
-    """Encode what is not done and join everything in input order."""
+    """Encode the units that are not done, and note each in input order."""
     state = work.state
     if state.is_complete:
         return
     total_bytes = sum(source.num_bytes for source in sources) // options.shard[1]
     label = Path(work.folder).stem
     with Progress(label, total_bytes, state.bytes_read) as progress:
-        for number, unit in _encode_units(sources, tokenizer, options, work, block_bytes):
-            part, lengths = work.join(number)
+        for unit, done in _encode_units(sources, tokenizer, options, work, block_bytes):
+            work.add(done)
             at = [str(unit.source), str(unit.path)]
             state.lines = state.lines if state.file == at else 0
             state.file = at
-            _note_problems(state, part, options.on_error)
-            state.lines += part.num_lines
-            state.documents[unit.source] += int(np.count_nonzero(lengths[0]))
-            state.empty += int(np.count_nonzero(lengths[0] == 0))
-            state.tokens += sum(int(item.sum(dtype=np.int64)) for item in lengths)
-            state.short += part.num_short
-            state.long += part.num_long
+            _note_problems(state, done.problems, options.on_error)
+            state.lines += done.num_lines
+            state.documents[unit.source] += int(np.count_nonzero(done.lengths[0]))
+            state.empty += int(np.count_nonzero(done.lengths[0] == 0))
+            state.tokens += sum(int(item.sum(dtype=np.int64)) for item in done.lengths)
+            state.short += done.num_short
+            state.long += done.num_long
             state.bytes_read += unit.num_bytes
-            state.parts = number + 1
+            state.units += 1
             work.save()
-            work.remove_part(number)
             progress.add(unit.num_bytes, f"{sum(state.documents)} docs, {state.tokens} tokens")
 
 
@@ -248,52 +237,24 @@ def _encode_units(
     options: EncodeOptions,
     work: Unfinished,
     block_bytes: int,
-) -> Iterator[tuple[int, Unit]]:
-    """Units, in input order, whose parts are complete; by worker processes when several help."""
-    numbered = enumerate(iterate_units(sources, block_bytes, options.shard))
-    units = ((number, unit) for number, unit in numbered if number >= work.state.parts)
-    first = next(units, None)
+) -> Iterator[tuple[Unit, Encoded]]:
+    """The units that are not done, in input order; by worker processes when several help."""
+    units = iterate_units(sources, block_bytes, options.shard)
+    rest = itertools.islice(units, work.state.units, None)
+    first = next(rest, None)
     if first is None:
         return
-    left = itertools.chain([first], units)
+    left = itertools.chain([first], rest)
     most_units = -(-sum(source.num_bytes for source in sources) // block_bytes)
     num_workers = min(options.num_workers, max(1, most_units))
     state = _worker_state(sources, tokenizer, options, work.folder, block_bytes)
-    if num_workers == 1:
-        os.environ["RAYON_NUM_THREADS"] = "1"
-        worker = Worker(state)
-        for number, unit in left:
-            if not work.has_part(number):
-                worker.encode(number, unit)
-            yield number, unit
+    if num_workers > 1:
+        yield from encode_in_pool(left, state, num_workers, work)
         return
-    # spawn: a forked child would inherit the tokenizer library's threads half alive
-    with concurrent.futures.ProcessPoolExecutor(
-        num_workers, multiprocessing.get_context("spawn"), start_worker, (state,)
-    ) as pool:
-        waiting: deque[tuple[int, Unit, concurrent.futures.Future[None] | None]] = deque()
-        try:
-            for number, unit in left:
-                is_there = work.has_part(number)
-                future = None if is_there else pool.submit(encode_in_worker, number, unit)
-                waiting.append((number, unit, future))
-                if len(waiting) >= num_workers * UNITS_AHEAD:
-                    yield _wait_for(waiting)
-            while waiting:
-                yield _wait_for(waiting)
-        finally:
-            for _, _, future in waiting:
-                if future is not None:
-                    future.cancel()
-
-
-def _wait_for(
-    waiting: deque[tuple[int, Unit, concurrent.futures.Future[None] | None]],
-) -> tuple[int, Unit]:
-    number, unit, future = waiting.popleft()
-    if future is not None:
-        future.result()
-    return number, unit
+    os.environ["RAYON_NUM_THREADS"] = "1"
+    worker = Worker(state)
+    for unit in left:
+        yield unit, worker.encode(unit)
 
 
 def _worker_state(
@@ -310,8 +271,7 @@ def _worker_state(
         for unit in itertools.islice(units, SAMPLE_UNITS):
             texts = (item for item in read_unit(unit, options.json_keys) if type(item) is tuple)
             samples += [text for item in itertools.islice(texts, SAMPLE_TEXTS) for text in item]
-    dtype = dtype_for_vocab(tokenizer.vocab_size)
-    plain_json = choose_library(tokenizer, options.library, samples, dtype)
+    plain_json = choose_library(tokenizer, options.library, samples)
     plain_json_file = ""
     if plain_json is not None:
         plain_json_file = os.path.join(folder, "gigatoken.json")
@@ -323,13 +283,12 @@ def _worker_state(
         tokenizer.bos_id,
         plain_json_file,
         options,
-        folder,
     )
 
 
-def _note_problems(state: State, part: Part, on_error: str) -> None:
+def _note_problems(state: State, problems: Sequence[Problem], on_error: str) -> None:
     """Count what gave no document; raise for the first that may not be skipped."""
-    for problem in part.problems:
+    for problem in problems:
         word = "row" if problem.path.name.lower().endswith(PARQUET) else "line"
         where = f"{problem.path}, {word} {state.lines + problem.line}"
         text = f"{where if problem.line else problem.path}: {problem.reason}"

@@ -1,33 +1,21 @@
-"""One unit of input to one part of tokens: what a worker process of `encode` does.
+"""One unit of input to tokens: what a worker process of `encode` does."""
 
-A part is three kinds of file in the folder of the unfinished work: `part-N-K.bin` (tokens of key
-number K), `part-N-K.len` (int32, tokens of each document, 0 for one without) and `part-N.json`,
-written last under its name: where it stands, the part is complete.
-"""
-
-import contextlib
-import json
-import os
-import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import numpy as np
 
 from lclm.data.documents import read_unit
 from lclm.data.fast import Encoder, Library
-from lclm.data.indexed import dtype_for_vocab, temporary_name
+from lclm.data.indexed import dtype_for_vocab
 from lclm.data.readers import Problem, Unit
 
-__all__ = ["EncodeOptions", "Part", "Worker", "WorkerState", "encode_in_worker", "start_worker"]
+__all__ = ["EncodeOptions", "Encoded", "Worker", "WorkerState"]
 
 BATCH_CHARS = 1 << 20  # characters handed to the tokenizer at once, unless one text is longer
 BATCH_TEXTS = 1024
-WRITE_BYTES = 1 << 20  # buffer of a part's file
-PARENT_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -55,138 +43,88 @@ class WorkerState:
     bos_id: int | None
     plain_json_file: str  # for gigatoken; empty: the ordinary library
     options: EncodeOptions
-    folder: str
 
 
 @dataclass
-class Part:
-    """What one unit gave, beside its tokens."""
+class Encoded:
+    """What one unit gave; lists have one element per key."""
 
+    tokens: list[list[np.ndarray]]  # of its documents, in order; empty lists once written to disk
+    lengths: list[np.ndarray]  # int32, tokens of every document, 0 for one without
+    num_bytes: list[int]  # of all tokens
     num_lines: int = 0
     num_short: int = 0  # documents left out by min_tokens, over all keys
     num_long: int = 0
     problems: list[Problem] = field(default_factory=list)
 
-    def save(self, path: str) -> None:
-        """Write it under its name in one step."""
-        problems = [[str(p.path), p.line, p.reason, p.is_binary] for p in self.problems]
-        text = json.dumps([self.num_lines, self.num_short, self.num_long, problems])
-        name = temporary_name(path)
-        Path(name).write_text(text, encoding="utf-8")
-        os.replace(name, path)
-
-    @staticmethod
-    def load(path: str) -> "Part":
-        """Read what `save` wrote."""
-        lines, short, long, problems = json.loads(Path(path).read_text(encoding="utf-8"))
-        return Part(lines, short, long, [Problem(Path(p[0]), *p[1:]) for p in problems])
-
-
-def part_file(folder: str, number: int, key: int | None, ending: str) -> str:
-    """Path of one file of a part."""
-    suffix = "" if key is None else f"-{key}"
-    return os.path.join(folder, f"part-{number:09d}{suffix}{ending}")
-
 
 class Worker:
-    """State of one worker process."""
+    """Encodes units; one per process."""
 
     def __init__(self, state: WorkerState) -> None:
-        self._state = state
+        self._options = options = state.options
         self._dtype = dtype_for_vocab(state.vocab_size)
         plain = state.plain_json_file
         plain_json = Path(plain).read_text(encoding="utf-8") if plain else None
-        self._encoder = Encoder(state.tokenizer_path, self._dtype, plain_json)
-        options = state.options
-        self._before = self._special(state.bos_id if options.prepend_bos else None)
-        self._after = self._special(state.eod_id if options.append_eod else None)
-        self._num_special = int(options.prepend_bos) + int(options.append_eod)
+        self._encoder = Encoder(state.tokenizer_path, plain_json)
+        self._before = _special(state.bos_id if options.prepend_bos else None)
+        self._after = _special(state.eod_id if options.append_eod else None)
+        self._num_special = len(self._before) + len(self._after)
+        self.num_keys = len(options.json_keys)
 
-    def _special(self, token: int | None) -> bytes:
-        return b"" if token is None else np.array([token], self._dtype).tobytes()
+    def encode(self, unit: Unit) -> Encoded:
+        """The tokens of a unit."""
+        keys = range(self.num_keys)
+        done = Encoded([[] for _ in keys], [], [])
+        lengths: list[list[int]] = [[] for _ in keys]
+        for batch in self._batches(unit, done):
+            for key in keys:
+                pieces = self._encode_texts([texts[key] for texts in batch], lengths[key], done)
+                if pieces:
+                    # gigatoken gives uint32; ids lie in the vocabulary, so no bit is lost
+                    joined = np.concatenate(pieces, dtype=self._dtype, casting="unsafe")
+                    done.tokens[key].append(joined)
+        done.lengths = [np.array(item, np.int32) for item in lengths]
+        done.num_bytes = [sum(array.nbytes for array in arrays) for arrays in done.tokens]
+        return done
 
-    def encode(self, number: int, unit: Unit) -> None:
-        """Encode unit `number` into its part; on an error nothing is left."""
-        part = Part()
-        with contextlib.ExitStack() as stack:
-            names, files = [], []
-            for key in range(len(self._state.options.json_keys)):
-                name = part_file(self._state.folder, number, key, ".bin")
-                names.append(name)
-                files.append(stack.enter_context(open(temporary_name(name), "wb", WRITE_BYTES)))
-            lengths: list[list[int]] = [[] for _ in files]
-            for batch in self._batches(unit, part):
-                self._write(batch, part, files, lengths)
-        for name, key_lengths in zip(names, lengths):
-            lengths_name = name.removesuffix(".bin") + ".len"
-            np.array(key_lengths, np.int32).tofile(temporary_name(lengths_name))
-            os.replace(temporary_name(lengths_name), lengths_name)
-            os.replace(temporary_name(name), name)
-        part.save(part_file(self._state.folder, number, None, ".json"))
-
-    def _batches(self, unit: Unit, part: Part) -> Iterator[list[tuple[str, ...]]]:
+    def _batches(self, unit: Unit, done: Encoded) -> Iterator[list[tuple[str, ...]]]:
         batch: list[tuple[str, ...]] = []
         num_chars = 0
-        for item in read_unit(unit, self._state.options.json_keys):
-            part.num_lines += 1
+        for item in read_unit(unit, self._options.json_keys):
+            done.num_lines += 1
             if isinstance(item, Problem):
-                part.problems.append(item)
-                if self._state.options.on_error == "stop" and not item.is_binary:
+                done.problems.append(item)
+                if self._options.on_error == "stop" and not item.is_binary:
                     break
             elif item is not None:
                 batch.append(item)
-                num_chars += sum(len(text) for text in item)
-            if num_chars >= BATCH_CHARS or len(batch) >= BATCH_TEXTS:
-                yield batch
-                batch, num_chars = [], 0
+                num_chars += sum(map(len, item))
+                if num_chars >= BATCH_CHARS or len(batch) >= BATCH_TEXTS:
+                    yield batch
+                    batch, num_chars = [], 0
         if batch:
             yield batch
 
-    def _write(
-        self,
-        batch: list[tuple[str, ...]],
-        part: Part,
-        files: list[BinaryIO],
-        lengths: list[list[int]],
-    ) -> None:
-        options = self._state.options
-        for key, file in enumerate(files):
-            for ids in self._encoder.encode([texts[key] for texts in batch]):
-                if len(ids) < options.min_tokens:
-                    part.num_short += 1
-                elif options.max_tokens and len(ids) > options.max_tokens:
-                    part.num_long += 1
-                elif len(ids) == 0:
-                    # Megatron's rule: a document without tokens gets no end-of-document either
-                    lengths[key].append(0)
-                else:
-                    file.write(self._before)
-                    file.write(ids.data)
-                    file.write(self._after)
-                    lengths[key].append(len(ids) + self._num_special)
+    def _encode_texts(
+        self, texts: Sequence[str], lengths: list[int], done: Encoded
+    ) -> list[np.ndarray]:
+        """Tokens of the texts that are kept, special tokens between them."""
+        low, high = self._options.min_tokens, self._options.max_tokens
+        pieces: list[np.ndarray] = []
+        for ids in self._encoder.encode(texts):
+            if len(ids) < low:
+                done.num_short += 1
+            elif high and len(ids) > high:
+                done.num_long += 1
+            elif len(ids) == 0:
+                # Megatron's rule: a document without tokens gets no end-of-document either
+                lengths.append(0)
+            else:
+                pieces += (*self._before, ids, *self._after)
+                lengths.append(len(ids) + self._num_special)
+        return pieces
 
 
-_worker: Worker | None = None  # of this process, when it is one of the pool
-
-
-def start_worker(state: WorkerState) -> None:
-    """Prepare this process of a pool."""
-    global _worker
-    # one process per core is the parallelism; threads inside each would only compete
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ["RAYON_NUM_THREADS"] = "1"
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-    _worker = Worker(state)
-
-
-def _end_with_parent(parent: int) -> None:
-    """A killed parent cannot end its pool, and the pool's queues stay open for ever."""
-    while os.getppid() == parent:
-        time.sleep(PARENT_SECONDS)
-    os._exit(1)
-
-
-def encode_in_worker(number: int, unit: Unit) -> None:
-    """`Worker.encode` in a process of the pool."""
-    assert _worker is not None, "the pool's initializer ran"
-    _worker.encode(number, unit)
+def _special(token: int | None) -> list[np.ndarray]:
+    return [] if token is None else [np.array([token], np.uint32)]

@@ -130,16 +130,14 @@ def _from_ranks(ranks: dict[bytes, int]) -> dict[str, Any]:
 class Encoder:
     """Texts to arrays of ids, by gigatoken or by the ordinary library."""
 
-    def __init__(self, tokenizer: Tokenizer | str, dtype: np.dtype, plain_json: str | None) -> None:
+    def __init__(self, tokenizer: Tokenizer | str, plain_json: str | None) -> None:
         """Load what is needed.
 
         Args:
             tokenizer: or its path; the ordinary library is then loaded when first needed.
-            dtype: of the ids given out.
             plain_json: from `make_plain_json`; None: the ordinary library encodes.
         """
         self._tokenizer = tokenizer
-        self._dtype = dtype
         self._fast = None if plain_json is None else _load_gigatoken(plain_json)
 
     def _standard(self) -> Tokenizer:
@@ -148,29 +146,29 @@ class Encoder:
         return self._tokenizer
 
     def encode(self, texts: Sequence[str]) -> Iterable[np.ndarray]:
-        """Ids of each text, arrays of the dtype asked for."""
+        """Ids of each text, uint32."""
         if self._fast is None:
             for ids in self._standard().encode_batch(list(texts)):
-                yield np.array(ids, self._dtype)
+                yield np.array(ids, np.uint32)
             return
         for text in texts:
             if _has_long_white_space(text):  # cut there by the ordinary library only
-                yield np.array(self._standard().encode(text), self._dtype)
+                yield np.array(self._standard().encode(text), np.uint32)
             else:
-                yield self._fast.encode(text).astype(self._dtype, copy=False)
+                yield self._fast.encode(text)
 
 
 def _has_long_white_space(text: str) -> bool:
     """Whether MAX_WHITE_SPACE characters in a row are white space.
 
-    Such a run covers two neighbours of the characters looked at first, so most texts cost nothing.
+    Such a run covers a whole block of half its length, so most texts cost a look at one character
+    of each block.
     """
-    if len(text) < MAX_WHITE_SPACE:
-        return False
-    looked_at = text[:: MAX_WHITE_SPACE // 2]
-    if not re.search(r"\s\s", looked_at):
-        return False
-    return re.search(rf"\s{{{MAX_WHITE_SPACE}}}", text) is not None
+    block = MAX_WHITE_SPACE // 2
+    starts = range(0, len(text) - block + 1, block)
+    return any(
+        text[start].isspace() and text[start : start + block].isspace() for start in starts
+    ) and bool(re.search(rf"\s{{{MAX_WHITE_SPACE}}}", text))
 
 
 def _load_gigatoken(plain_json: str) -> Any:
@@ -186,16 +184,13 @@ def _load_gigatoken(plain_json: str) -> Any:
         raise ValueError(f"gigatoken cannot load it: {error}") from error
 
 
-def choose_library(
-    tokenizer: Tokenizer, wish: Library, samples: Sequence[str], dtype: np.dtype
-) -> str | None:
+def choose_library(tokenizer: Tokenizer, wish: Library, samples: Sequence[str]) -> str | None:
     """The `plain_json` for `Encoder`: gigatoken's where it is proven equal, else None.
 
     Args:
         tokenizer: the ordinary library.
         wish: auto falls back and says why; gigatoken never does; standard does not try.
         samples: texts of the input, of which SAMPLE_CHARS each are compared.
-        dtype: of the ids.
 
     Raises:
         ValueError: gigatoken was asked for by name and cannot be used.
@@ -205,7 +200,7 @@ def choose_library(
         return None
     try:
         plain_json = make_plain_json(tokenizer)
-        reason = _first_difference(tokenizer, plain_json, samples, dtype)
+        reason = _first_difference(tokenizer, plain_json, samples)
     except ImportError:
         reason = "gigatoken is not installed (pip install gigatoken)"
     except (KeyError, TypeError, ValueError) as error:
@@ -227,16 +222,14 @@ def choose_library(
     return None
 
 
-def _first_difference(
-    tokenizer: Tokenizer, plain_json: str, samples: Sequence[str], dtype: np.dtype
-) -> str:
+def _first_difference(tokenizer: Tokenizer, plain_json: str, samples: Sequence[str]) -> str:
     """Where gigatoken's ids differ, in words; empty when they are equal everywhere."""
     names = re.findall(r"<[^<>\s]{1,40}>", " ".join(LLAMA3_NAMED.values()))
     ids_of_special = {tokenizer.eod_id, tokenizer.bos_id} - {None}
     special = {tokenizer.decode([token]) for token in ids_of_special if token is not None}
     spelled = [f"a {name}b{name} c" for name in (*names, *sorted(special))]
     texts = [*PROBES, *spelled, *(sample[:SAMPLE_CHARS] for sample in samples)]
-    found = Encoder(tokenizer, dtype, plain_json).encode(texts)
+    found = Encoder(tokenizer, plain_json).encode(texts)
     for text, ids, expected in zip(texts, found, tokenizer.encode_batch(texts)):
         if ids.tolist() != expected:
             at = next(

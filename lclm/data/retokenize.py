@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from lclm.data.fast import Encoder, Library, choose_library
-from lclm.data.indexed import IndexedReader, IndexedWriter, dtype_for_vocab
+from lclm.data.indexed import IndexedReader, IndexedWriter
 from lclm.data.mds import MdsReader
 from lclm.data.tokenizer import Tokenizer
 
@@ -126,11 +126,10 @@ def _encode(
     ends: list[int | None],
     library: Library,
 ) -> Iterator[Document]:
-    dtype = dtype_for_vocab(new.vocab_size)
-    before, after = (np.array([] if end is None else [end], dtype) for end in ends)
+    before, after = (np.array([] if end is None else [end], np.uint32) for end in ends)
     texts = (_decode(tokens, old) for tokens, _ in documents)
     sample = list(itertools.islice(texts, SAMPLE_DOCS))
-    encoder = Encoder(new, dtype, choose_library(new, library, sample, dtype))
+    encoder = Encoder(new, choose_library(new, library, sample))
     every = itertools.chain(sample, texts)
     while batch := list(itertools.islice(every, BATCH_DOCS)):
         for ids in encoder.encode(batch):

@@ -1,28 +1,28 @@
 """The folder `<prefix>.unfinished` of work that can go on after a kill.
 
-    state.json       how far the parts are joined: written in one step after each
-    tokens-K         tokens of key number K, all parts so far
+    state.json       how far the work has come: written in one step after each unit of input
+    tokens-K         tokens of key number K
     lengths-K        int32, tokens of every document so far, 0 for one without
-    part-*           parts that are complete but not joined yet (see encode_worker)
 
-Joining appends to tokens-K and lengths-K, then writes state.json. Whatever a killed run appended
-beyond state.json is cut off by the next.
+What is in the two files beyond the sizes in state.json is of units that were not done when the run
+was killed; the next run cuts it off.
 """
 
 import fcntl
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
-from lclm.data.encode_worker import Part, part_file
-from lclm.data.indexed import COPY_BYTES, temporary_name
+from lclm.data.encode_worker import Encoded
+from lclm.data.indexed import temporary_name
 
-__all__ = ["State", "Unfinished"]
+__all__ = ["State", "Unfinished", "write_tokens"]
 
 
 @dataclass
@@ -30,7 +30,7 @@ class State:
     """How far the work has come; everything in it counts what is joined."""
 
     inputs: str = ""  # hash of all that decides the output
-    parts: int = 0
+    units: int = 0  # of input
     bytes_read: int = 0  # of input on disk
     token_bytes: list[int] = field(default_factory=list)  # per key
     length_bytes: list[int] = field(default_factory=list)
@@ -83,15 +83,13 @@ class Unfinished:
         earlier = Path(self._path("state.json"))
         if earlier.is_file():
             state = State(**json.loads(earlier.read_text(encoding="utf-8")))
-            self.has_resumed = state.inputs == self.state.inputs
+            self.has_resumed = state.inputs == self.state.inputs and self._holds(state)
             self.was_discarded = not self.has_resumed
             if self.has_resumed:
                 self.state = state
         for path in Path(self.folder).iterdir():
-            is_part = path.name.startswith("part-") and ".tmp-" not in path.name
-            if path.name != "lock" and not (
-                self.has_resumed and (is_part or path.name.startswith(("tokens-", "lengths-")))
-            ):
+            is_held = self.has_resumed and path.name.startswith(("tokens-", "lengths-"))
+            if path.name != "lock" and not is_held:
                 path.unlink()
         for key in range(self._num_keys):
             for name, size in (
@@ -112,6 +110,15 @@ class Unfinished:
     ) -> None:
         self._lock.close()
 
+    def _holds(self, state: State) -> bool:
+        """Whether the files hold what the state says; not so after a crash of the machine."""
+        sizes = {f"tokens-{key}": size for key, size in enumerate(state.token_bytes)}
+        sizes |= {f"lengths-{key}": size for key, size in enumerate(state.length_bytes)}
+        names = [name for name in sizes if os.path.exists(self._path(name))]
+        # tokens that are complete may have got their final name already
+        is_whole = state.is_complete or len(names) == len(sizes)
+        return is_whole and all(os.path.getsize(self._path(name)) >= sizes[name] for name in names)
+
     def _path(self, name: str) -> str:
         return os.path.join(self.folder, name)
 
@@ -121,37 +128,14 @@ class Unfinished:
         Path(name).write_text(json.dumps(asdict(self.state)), encoding="utf-8")
         os.replace(name, self._path("state.json"))
 
-    def has_part(self, number: int) -> bool:
-        """Whether an earlier run completed this part."""
-        return os.path.isfile(part_file(self.folder, number, None, ".json"))
-
-    def join(self, number: int) -> tuple[Part, list[np.ndarray]]:
-        """Append a part; its report and the lengths of its documents, int32, per key.
-
-        `remove_part` follows once the state is saved.
-        """
-        part = Part.load(part_file(self.folder, number, None, ".json"))
-        every = []
+    def add(self, done: Encoded) -> None:
+        """Append a unit; tokens that are not written yet are. `save` follows."""
         for key in range(self._num_keys):
-            lengths = np.fromfile(part_file(self.folder, number, key, ".len"), np.int32)
-            every.append(lengths)
-            with (
-                open(part_file(self.folder, number, key, ".bin"), "rb") as source,
-                open(self._path(f"tokens-{key}"), "ab") as target,
-            ):
-                shutil.copyfileobj(source, target, COPY_BYTES)
-                self.state.token_bytes[key] = target.tell()
-            with open(self._path(f"lengths-{key}"), "ab") as target:
-                target.write(lengths.tobytes())
-                self.state.length_bytes[key] = target.tell()
-        return part, every
-
-    def remove_part(self, number: int) -> None:
-        """Remove the files of a part that is joined."""
-        for key in range(self._num_keys):
-            for ending in (".bin", ".len"):
-                Path(part_file(self.folder, number, key, ending)).unlink()
-        Path(part_file(self.folder, number, None, ".json")).unlink()
+            write_tokens(self.folder, key, self.state.token_bytes[key], done.tokens[key])
+            self.state.token_bytes[key] += done.num_bytes[key]
+            with open(self._path(f"lengths-{key}"), "ab") as file:
+                file.write(done.lengths[key].tobytes())
+                self.state.length_bytes[key] = file.tell()
 
     def tokens(self, key: int) -> Path:
         """The file of all tokens of a key."""
@@ -165,3 +149,12 @@ class Unfinished:
     def remove(self) -> None:
         """Remove the folder."""
         shutil.rmtree(self.folder)
+
+
+def write_tokens(folder: str, key: int, start: int, tokens: Sequence[np.ndarray]) -> None:
+    """Write arrays one after another into the file of tokens of a key, from byte `start` on."""
+    if tokens:
+        with open(os.path.join(folder, f"tokens-{key}"), "r+b") as file:
+            file.seek(start)
+            for array in tokens:
+                file.write(array.data)

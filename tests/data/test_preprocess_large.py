@@ -51,9 +51,9 @@ sys.path.insert(0, "tools")
 import preprocess_data
 from lclm.data import encode, encode_worker
 original = encode_worker.Worker.encode
-def slow(self, number, unit):
+def slow(self, unit):
     time.sleep(float(sys.argv[1]))
-    original(self, number, unit)
+    return original(self, unit)
 encode_worker.Worker.encode = slow
 encode.encode_sources.__defaults__ = ("", None, 2000)
 sys.exit(preprocess_data.main(sys.argv[2:]))
@@ -73,12 +73,12 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path, tokenizer_files
     for wanted in (3, 9):
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
-        while not (state.is_file() and json.loads(state.read_text())["parts"] >= wanted):
+        while not (state.is_file() and json.loads(state.read_text())["units"] >= wanted):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        seen.append(json.loads(state.read_text())["parts"])
+        seen.append(json.loads(state.read_text())["units"])
         # what a kill between appending and noting leaves
         with open(f"{prefix}.unfinished/tokens-0", "ab") as file:
             file.write(b"torn")
@@ -86,7 +86,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path, tokenizer_files
     done = subprocess.run(
         [*command[:3], "0", *command[4:]], cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode == 0 and f"going on after {seen[1]} parts" in done.stderr
+    assert done.returncode == 0 and f"going on after {seen[1]} units" in done.stderr
     assert contents(prefix) == expected
     assert not state.parent.exists()
 
@@ -256,20 +256,20 @@ def test_a_library_that_differs_is_not_used_and_said(tokenizer_files, monkeypatc
             yield ids[::-1]
 
     monkeypatch.setattr(Encoder, "encode", wrong)
-    assert choose_library(tokenizer, "auto", ["some words"], np.dtype(np.uint16)) is None
+    assert choose_library(tokenizer, "auto", ["some words"]) is None
     assert "many times slower: gigatoken gives other ids" in caplog.text
     with pytest.raises(ValueError, match="gigatoken gives other ids"):
-        choose_library(tokenizer, "gigatoken", [], np.dtype(np.uint16))
+        choose_library(tokenizer, "gigatoken", [])
 
 
 def test_a_library_that_is_missing_is_said(tokenizer_files, monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("lclm"), "propagate", True)
     monkeypatch.setitem(sys.modules, "gigatoken.gigatoken_rs", None)
     tokenizer = load_tokenizer(tokenizer_files["hf"])
-    assert choose_library(tokenizer, "auto", [], np.dtype(np.uint16)) is None
+    assert choose_library(tokenizer, "auto", []) is None
     assert "not installed (pip install gigatoken)" in caplog.text
     with pytest.raises(ValueError, match="not installed"):
-        choose_library(tokenizer, "gigatoken", [], np.dtype(np.uint16))
+        choose_library(tokenizer, "gigatoken", [])
 
 
 def test_the_json_made_of_ranks_encodes_as_tiktoken(tokenizer_files):
