@@ -24,8 +24,12 @@ ROOT = Path(__file__).resolve().parent
 # What preprocessing is faster with, or reads more kinds of file with; never needed to train.
 DATA_REQUIREMENTS = ["gigatoken", "orjson", "zstandard", "pyarrow", "jinja2"]
 
+# What reads s3://, gs://, hf:// and https:// where a path may stand.
+REMOTE_REQUIREMENTS = ["fsspec", "s3fs", "gcsfs", "huggingface_hub", "aiohttp"]
+
 TEST_REQUIREMENTS = [
     *DATA_REQUIREMENTS,
+    "aiohttp",  # of REMOTE_REQUIREMENTS: tests read from an HTTP server of their own
     "pytest>=8",
     "pytest-timeout",
     "hypothesis",
@@ -116,6 +120,7 @@ setup(
         # what the quickstart's report and its check of the exported model need
         "report": ["matplotlib", "transformers>=4.46"],
         "data": DATA_REQUIREMENTS,
+        "remote": REMOTE_REQUIREMENTS,
         # what tests/run.sh needs beside a CUDA build of torch
         "test": TEST_REQUIREMENTS,
         # the same on a CPU build of torch, which brings no Triton: 3.6.0 is the newest whose

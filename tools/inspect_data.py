@@ -13,6 +13,7 @@ from lclm.data.domain import Domain
 from lclm.data.indexed import IndexedReader, length_histogram
 from lclm.data.loader import Row, StageRows
 from lclm.data.mixture import PACKINGS, MixtureEntry
+from lclm.data.remote import fetch_prefix
 from lclm.data.tokenizer import Tokenizer, load_tokenizer
 from lclm.data.verify import verify_prefix
 
@@ -147,7 +148,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Do what the command line asks for; ValueError for bad data."""
     if arguments.row is not None and not (arguments.seq_length and arguments.tokenizer):
         raise ValueError("--row: give --seq-length and --tokenizer too")
-    readers = [IndexedReader(prefix) for prefix in arguments.prefix]
+    readers = [IndexedReader(fetch_prefix(prefix)) for prefix in arguments.prefix]
     for reader in readers:
         print(describe_prefix(reader))
         if arguments.verify:

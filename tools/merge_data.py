@@ -6,6 +6,7 @@ import logging
 import sys
 
 from lclm.data.merge import merge_prefixes
+from lclm.data.remote import fetch_prefix
 from lclm.log import setup_logging
 
 LOG = logging.getLogger("lclm.tools")
@@ -45,7 +46,9 @@ def main(command_line: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(command_line)
     setup_logging()
     try:
-        tokens = merge_prefixes(arguments.input, arguments.output_prefix, arguments.domain)
+        tokens = merge_prefixes(
+            list(map(fetch_prefix, arguments.input)), arguments.output_prefix, arguments.domain
+        )
     except ValueError as error:
         print(f"merge_data: error: {error}", file=sys.stderr)
         return 2

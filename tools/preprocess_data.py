@@ -7,12 +7,12 @@ import os
 import re
 import sys
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 
 from lclm.data.chat import TEMPLATES
 from lclm.data.encode import EncodeOptions, EncodeSummary, encode_sources
 from lclm.data.encode_chat import encode_conversations
 from lclm.data.readers import find_sources
+from lclm.data.remote import fetch_inputs
 from lclm.data.tokenizer import load_tokenizer
 from lclm.log import setup_logging
 
@@ -30,6 +30,10 @@ input
   folder, --group-by repo      source code: each first-level subfolder is a repository, whose files
                                joined in path order are one document (ProLong, arXiv 2410.02660)
   folder, --group-by file      source code: every file is one document
+  URL                          s3://, gs://, hf://, https:// (pip install lclm[remote]): a file, a
+                               folder (over HTTP its name ends in /) or a pattern such as
+                               s3://bucket/books/*.jsonl, fetched to $LCLM_CACHE (default
+                               ~/.cache/lclm) first
 
 tokenizer (told by content, not by name)
   a Hugging Face tokenizer.json or a folder with one; a tiktoken rank file (Llama 3's
@@ -72,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--input", nargs="+", required=True, type=Path, metavar="PATH", help="files and folders")
+    add("--input", nargs="+", required=True, metavar="PATH", help="files, folders, URLs")
     add("--output-prefix", required=True, metavar="PREFIX", help="for example data/books")
     add("--tokenizer", required=True, metavar="PATH", help="tokenizer file or folder")
     add(
@@ -140,7 +144,7 @@ def run(arguments: argparse.Namespace) -> EncodeSummary:
     if arguments.chat_template or arguments.prompt_weight is not None:
         raise ValueError("--chat-template and --prompt-weight: apply with --chat only")
     tokenizer = load_tokenizer(arguments.tokenizer)
-    sources = find_sources(arguments.input, arguments.group_by)
+    sources = find_sources(fetch_inputs(arguments.input), arguments.group_by)
     options = EncodeOptions(
         json_keys=tuple(arguments.json_keys or ("text",)),
         append_eod=arguments.append_eod,
@@ -182,7 +186,7 @@ def run_chat(arguments: argparse.Namespace) -> EncodeSummary:
             else f"--chat: give --chat-template, one of {', '.join(TEMPLATES)}"
         )
     return encode_conversations(
-        find_sources(arguments.input),
+        find_sources(fetch_inputs(arguments.input)),
         load_tokenizer(arguments.tokenizer),
         arguments.output_prefix,
         arguments.chat_template,

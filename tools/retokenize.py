@@ -5,6 +5,7 @@ import argparse
 import logging
 import sys
 
+from lclm.data.remote import fetch_dataset
 from lclm.data.retokenize import retokenize
 from lclm.data.tokenizer import load_tokenizer
 from lclm.log import setup_logging
@@ -15,7 +16,8 @@ DETAILS = """
 input
   a folder with index.json and MDS shards, plain or zstd (package zstandard), as ProLong publishes
   them: every span of `indices` becomes a document, `mask` becomes weights of targets;
-  or the prefix of .bin and .idx files.
+  or the prefix of .bin and .idx files. Either may be a URL (s3://, gs://, hf://, https://; pip
+  install lclm[remote]), fetched to $LCLM_CACHE (default ~/.cache/lclm) first.
 
 Without --to-tokenizer tokens stay as they are. With it documents are decoded, beginning-of-text and
 end-of-document tokens at their ends left out, and encoded anew.
@@ -54,7 +56,7 @@ def main(command_line: list[str] | None = None) -> int:
     setup_logging()
     try:
         num_documents, num_tokens = retokenize(
-            arguments.input,
+            fetch_dataset(arguments.input),
             arguments.output_prefix,
             load_tokenizer(arguments.tokenizer),
             load_tokenizer(arguments.to_tokenizer) if arguments.to_tokenizer else None,

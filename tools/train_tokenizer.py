@@ -14,6 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from lclm.data.documents import read_unit
 from lclm.data.progress import Progress
 from lclm.data.readers import Problem, Source, find_sources, iterate_units
+from lclm.data.remote import fetch_inputs
 from lclm.data.tokenizer import LLAMA3_PATTERN
 from lclm.log import setup_logging
 
@@ -48,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, epilog=DETAILS, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--input", nargs="+", required=True, type=Path, metavar="PATH", help="files and folders")
+    add("--input", nargs="+", required=True, metavar="PATH", help="files, folders, URLs")
     add("--vocab-size", required=True, type=int, metavar="N", help=f"at least {NUM_FIXED}")
     add("--output", required=True, type=Path, metavar="DIR", help="folder for the two files")
     add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="default: text")
@@ -105,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"--vocab-size {arguments.vocab_size}: must be at least {NUM_FIXED}, one token for each"
             " of the 256 bytes and 2 special tokens"
         )
-    sources = find_sources(arguments.input, arguments.group_by)
+    sources = find_sources(fetch_inputs(arguments.input), arguments.group_by)
     failure: list[ValueError] = []
 
     def texts() -> Iterator[str]:

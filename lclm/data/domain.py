@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lclm.data.indexed import IndexedReader
+from lclm.data.remote import fetch_prefix
 from lclm_kernels.native import seeded_order as sort_by_key
 
 __all__ = ["Cursor", "Domain", "seeded_order"]
@@ -59,7 +60,7 @@ class Domain:
                 f"data.held_out_fraction({held_out_fraction}) must be at least 0 and less than 1"
             )
         self.prefix = prefix
-        self.reader = IndexedReader(prefix)
+        self.reader = IndexedReader(fetch_prefix(prefix))
         num_docs = len(self.reader)
         if num_docs == 0:
             raise ValueError(

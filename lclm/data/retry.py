@@ -1,14 +1,50 @@
-"""Reads that are tried again: file systems of clusters fail now and then, for seconds."""
+"""Reads that are tried again: file systems and networks fail now and then, for seconds."""
 
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-__all__ = ["RetryingFile"]
+__all__ = ["RetryingFile", "try_again"]
 
+T = TypeVar("T")
 WAITS = (0.5, 2.0, 8.0, 30.0)  # seconds before each further try
 _LOG = logging.getLogger("lclm.data")
+
+
+def try_again(
+    action: Callable[[], T],
+    problem: str,
+    errors: type[Exception] = OSError,
+    final: tuple[type[Exception], ...] = (),
+) -> T:
+    """What action returns, tried again after each of WAITS while it raises one of errors.
+
+    Args:
+        action: may be called several times.
+        problem: names what is read and says that it cannot be, for messages.
+        errors: on which it is worth trying again.
+        final: those on which it is not; raised as they are.
+
+    Raises:
+        OSError: every try failed; starts with problem.
+    """
+    for wait in (*WAITS, None):
+        try:
+            return action()
+        except final:
+            raise
+        except errors as error:
+            if wait is None:
+                raise OSError(
+                    f"{problem}, also not when tried {len(WAITS)} times again ({error}); check the "
+                    "file and its file system"
+                ) from error
+            _LOG.warning("%s (%s); trying again in %g s", problem, error, wait)
+            time.sleep(wait)
+    raise AssertionError("the last try returns or raises")
 
 
 class RetryingFile:
@@ -27,19 +63,10 @@ class RetryingFile:
         Raises:
             OSError: every try failed or gave fewer bytes; names the file.
         """
-        for wait in (*WAITS, None):
-            try:
-                return self._read_once(start, num_bytes)
-            except OSError as error:
-                at = f"{self.path}: bytes [{start}, {start + num_bytes}) cannot be read"
-                if wait is None:
-                    raise OSError(
-                        f"{at}, also not when tried {len(WAITS)} times again ({error}); check the "
-                        "file and its file system"
-                    ) from error
-                _LOG.warning("%s (%s); trying again in %g s", at, error, wait)
-                time.sleep(wait)
-        raise AssertionError("the last try returns or raises")
+        return try_again(
+            lambda: self._read_once(start, num_bytes),
+            f"{self.path}: bytes [{start}, {start + num_bytes}) cannot be read",
+        )
 
     def _read_once(self, start: int, num_bytes: int) -> bytes:
         parts = []

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lclm.config import Config, check_world
 from lclm.data.loader import HeldOutRows, StageRows
+from lclm.data.remote import is_remote
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,10 @@ def domain_names(planned: Sequence[StageRows]) -> list[str]:
 
 
 def missing_data(config: Config) -> list[str]:
-    """Index files that the configuration names and that are not there."""
+    """Index files that the configuration names and that are not there; URLs are fetched later."""
     prefixes = dict.fromkeys(entry.prefix for stage in config.stage for entry in stage.mixture)
-    return [f"{prefix}.idx" for prefix in prefixes if not Path(f"{prefix}.idx").is_file()]
+    local = [prefix for prefix in prefixes if not is_remote(prefix)]
+    return [f"{prefix}.idx" for prefix in local if not Path(f"{prefix}.idx").is_file()]
 
 
 def describe(config: Config, world_size: int, planned: Sequence[StageRows] = ()) -> str:

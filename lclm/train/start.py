@@ -15,6 +15,7 @@ from lclm.checkpoint.folder import (
 )
 from lclm.config import Config, ConfigError
 from lclm.data.indexed import IndexedReader
+from lclm.data.remote import fetch_prefix
 from lclm.data.tokenizer import load_tokenizer
 from lclm.train.stages import find_position
 
@@ -73,7 +74,7 @@ def _check_tokenizer(config: Config) -> Path | None:
 
 def _check_vocabulary(config: Config) -> None:
     for prefix in dict.fromkeys(e.prefix for stage in config.stage for e in stage.mixture):
-        size = IndexedReader(prefix).metadata.get("vocab_size", 0)
+        size = IndexedReader(fetch_prefix(prefix)).metadata.get("vocab_size", 0)
         if size > config.model.vocab_size:
             raise ConfigError(
                 f"mixture: {prefix} was written with a vocabulary of {size} tokens, more than "
