@@ -29,6 +29,7 @@ REMOTE_REQUIREMENTS = ["fsspec", "s3fs", "gcsfs", "huggingface_hub", "aiohttp"]
 
 TEST_REQUIREMENTS = [
     *DATA_REQUIREMENTS,
+    "ray",
     "aiohttp",  # of REMOTE_REQUIREMENTS: tests read from an HTTP server of their own
     "pytest>=8",
     "pytest-timeout",
@@ -121,6 +122,7 @@ setup(
         "report": ["matplotlib", "transformers>=4.46"],
         "data": DATA_REQUIREMENTS,
         "remote": REMOTE_REQUIREMENTS,
+        "ray": ["ray"],
         # what tests/run.sh needs beside a CUDA build of torch
         "test": TEST_REQUIREMENTS,
         # the same on a CPU build of torch, which brings no Triton: 3.6.0 is the newest whose

@@ -17,6 +17,7 @@ from lclm.data.tokenizer import load_tokenizer
 from lclm.log import setup_logging
 
 LOG = logging.getLogger("lclm.tools")
+NUM_CORES = len(os.sched_getaffinity(0))
 
 DETAILS = """
 input
@@ -57,6 +58,9 @@ output
   same command goes on where it stopped.
   --shard 3/16 does the third of sixteen parts, on any machine; tools/merge_data.py joins the
   sixteen prefixes to what one run would have written.
+  --engine ray encodes on every core of a Ray cluster (pip install lclm[ray]) and writes the same
+  files here. All nodes must see input, tokenizer and output under the same paths: a file system
+  they share. Work of a node that dies goes to the others.
 
 examples
   python tools/preprocess_data.py --input books/*.jsonl.gz --output-prefix data/books \\
@@ -82,9 +86,14 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--workers",
         type=int,
-        default=len(os.sched_getaffinity(0)),
         metavar="N",
-        help="worker processes (default: the cores of this machine, %(default)s)",
+        help=f"worker processes (default: the cores of this machine, {NUM_CORES})",
+    )
+    add(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="ray: on the cluster of $RAY_ADDRESS or of this machine, see below (default: local)",
     )
     add("--append-eod", action="store_true", help="end every document with the eos token")
     add("--prepend-bos", action="store_true", help="start every document with the bos token")
@@ -150,12 +159,15 @@ def run(arguments: argparse.Namespace) -> EncodeSummary:
         append_eod=arguments.append_eod,
         prepend_bos=arguments.prepend_bos,
         on_error=arguments.on_error,
-        num_workers=arguments.workers,
+        num_workers=NUM_CORES if arguments.workers is None else arguments.workers,
         min_tokens=arguments.min_tokens,
         max_tokens=arguments.max_tokens,
         library=arguments.tokenizer_library,
         shard=parse_shard(arguments.shard),
+        engine=arguments.engine,
     )
+    if arguments.engine == "ray" and arguments.workers is not None:
+        raise ValueError("--workers: does not apply to --engine ray, which uses the whole cluster")
     if arguments.group_by and not any(source.is_folder for source in sources):
         raise ValueError(
             f"--group-by {arguments.group_by}: applies to folders, and every --input is a file; "
@@ -176,6 +188,7 @@ def run_chat(arguments: argparse.Namespace) -> EncodeSummary:
         "--min-tokens": arguments.min_tokens,
         "--max-tokens": arguments.max_tokens,
         "--shard": arguments.shard != "1/1",
+        "--engine": arguments.engine != "local",
         "several --json-keys": len(keys) > 1,
     }
     given = [name for name, is_given in refused.items() if is_given]

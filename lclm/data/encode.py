@@ -19,6 +19,7 @@ import numpy as np
 
 from lclm.data.documents import read_unit
 from lclm.data.encode_pool import encode_in_pool
+from lclm.data.encode_ray import encode_on_ray
 from lclm.data.encode_worker import Encoded, EncodeOptions, Worker, WorkerState
 from lclm.data.fast import choose_library
 from lclm.data.indexed import adopt_tokens
@@ -248,6 +249,9 @@ def _encode_units(
     most_units = -(-sum(source.num_bytes for source in sources) // block_bytes)
     num_workers = min(options.num_workers, max(1, most_units))
     state = _worker_state(sources, tokenizer, options, work.folder, block_bytes)
+    if options.engine == "ray":
+        yield from encode_on_ray(left, state)
+        return
     if num_workers > 1:
         yield from encode_in_pool(left, state, num_workers, work)
         return

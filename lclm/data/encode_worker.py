@@ -16,6 +16,7 @@ __all__ = ["EncodeOptions", "Encoded", "Worker", "WorkerState"]
 
 BATCH_CHARS = 1 << 20  # characters handed to the tokenizer at once, unless one text is longer
 BATCH_TEXTS = 1024
+FIRST_ROOM = 1 << 20  # tokens
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class EncodeOptions:
     max_tokens: int = 0  # documents of more are left out; 0: no limit
     library: Library = "auto"
     shard: tuple[int, int] = (0, 1)  # number and count
+    engine: Literal["local", "ray"] = "local"  # ray: num_workers is the cluster's affair
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class WorkerState:
 class Encoded:
     """What one unit gave; lists have one element per key."""
 
-    tokens: list[list[np.ndarray]]  # of its documents, in order; empty lists once written to disk
+    tokens: list[np.ndarray]  # of its documents, valid until the worker's next unit; empty: written
     lengths: list[np.ndarray]  # int32, tokens of every document, 0 for one without
     num_bytes: list[int]  # of all tokens
     num_lines: int = 0
@@ -67,25 +69,24 @@ class Worker:
         plain = state.plain_json_file
         plain_json = Path(plain).read_text(encoding="utf-8") if plain else None
         self._encoder = Encoder(state.tokenizer_path, plain_json)
-        self._before = _special(state.bos_id if options.prepend_bos else None)
-        self._after = _special(state.eod_id if options.append_eod else None)
-        self._num_special = len(self._before) + len(self._after)
+        self._before = [state.bos_id] if options.prepend_bos else []
+        self._after = [state.eod_id] if options.append_eod else []
         self.num_keys = len(options.json_keys)
+        # tokens of a unit; kept from unit to unit, because fresh memory costs more than writing it
+        self._rooms = [np.empty(FIRST_ROOM, self._dtype) for _ in options.json_keys]
 
     def encode(self, unit: Unit) -> Encoded:
         """The tokens of a unit."""
-        keys = range(self.num_keys)
-        done = Encoded([[] for _ in keys], [], [])
-        lengths: list[list[int]] = [[] for _ in keys]
+        done = Encoded([], [], [])
+        lengths: list[list[int]] = [[] for _ in self._rooms]
+        ends = [0] * self.num_keys
         for batch in self._batches(unit, done):
-            for key in keys:
-                pieces = self._encode_texts([texts[key] for texts in batch], lengths[key], done)
-                if pieces:
-                    # gigatoken gives uint32; ids lie in the vocabulary, so no bit is lost
-                    joined = np.concatenate(pieces, dtype=self._dtype, casting="unsafe")
-                    done.tokens[key].append(joined)
+            for key in range(self.num_keys):
+                texts = [texts[key] for texts in batch]
+                ends[key] = self._encode_texts(texts, key, ends[key], lengths[key], done)
+        done.tokens = [room[:end] for room, end in zip(self._rooms, ends)]
         done.lengths = [np.array(item, np.int32) for item in lengths]
-        done.num_bytes = [sum(array.nbytes for array in arrays) for arrays in done.tokens]
+        done.num_bytes = [tokens.nbytes for tokens in done.tokens]
         return done
 
     def _batches(self, unit: Unit, done: Encoded) -> Iterator[list[tuple[str, ...]]]:
@@ -107,24 +108,30 @@ class Worker:
             yield batch
 
     def _encode_texts(
-        self, texts: Sequence[str], lengths: list[int], done: Encoded
-    ) -> list[np.ndarray]:
-        """Tokens of the texts that are kept, special tokens between them."""
+        self, texts: Sequence[str], key: int, end: int, lengths: list[int], done: Encoded
+    ) -> int:
+        """Put the tokens of the texts that are kept behind those there; the new end."""
         low, high = self._options.min_tokens, self._options.max_tokens
-        pieces: list[np.ndarray] = []
+        before, after = self._before, self._after
+        start, stop = len(before), len(before) + len(after)
+        room = self._rooms[key]
         for ids in self._encoder.encode(texts):
-            if len(ids) < low:
+            size = len(ids)
+            if size < low:
                 done.num_short += 1
-            elif high and len(ids) > high:
+            elif high and size > high:
                 done.num_long += 1
-            elif len(ids) == 0:
+            elif size == 0:
                 # Megatron's rule: a document without tokens gets no end-of-document either
                 lengths.append(0)
             else:
-                pieces += (*self._before, ids, *self._after)
-                lengths.append(len(ids) + self._num_special)
-        return pieces
-
-
-def _special(token: int | None) -> list[np.ndarray]:
-    return [] if token is None else [np.array([token], np.uint32)]
+                whole = size + stop
+                if end + whole > len(room):
+                    room = np.resize(room, max(end + whole, 2 * len(room)))
+                    self._rooms[key] = room
+                room[end : end + start] = before
+                room[end + start : end + start + size] = ids
+                room[end + start + size : end + whole] = after
+                lengths.append(whole)
+                end += whole
+        return end
