@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from lclm.context.cost import LINKS, least_worst_share, predict, traffic_share
+from lclm.context.cost import CostModel, least_worst_share, predict, traffic_share
 from lclm.context.lengths import LengthHistogram, read_histogram
 from lclm.context.plan import RowPlan, balanced_plan, contiguous_plan, plan_row, zigzag_plan
 from lclm_kernels.native.context_plan import assign_chunks
@@ -101,7 +101,7 @@ def judge(
     balance, worst, mean, least, layer, planning = [], [], [], [], [], []
     for lengths in rows:
         plan = strategy(lengths, cp_size, chunk)
-        prediction, share = predict(plan, LINKS["nvlink"]), traffic_share(plan)
+        prediction, share = predict(plan, CostModel()), traffic_share(plan)
         balance.append(prediction.area_imbalance)
         worst.append(share.max())
         mean.append(share.mean())

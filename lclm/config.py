@@ -110,10 +110,12 @@ class ParallelConfig(Section):
     """How a row's tokens are dealt to the context ranks. `auto`: by its documents, each row anew,
     so that every rank has equal tokens and nearly equal attention and few keys travel. `zigzag`:
     an early and a late part for each rank, balanced only if the row is one document."""
-    cp_comm: Literal["gather", "ring", "ulysses", "ulysses_ring"] = "gather"
-    """How keys meet queries. `gather`: every rank collects all keys. `ring`: only keys that some
-    query of a rank sees travel to it, under the attention on those before. `ulysses`: all-to-all,
-    each rank attends with some heads over the whole row. `ulysses_ring`: both, see `cp_ulysses`."""
+    cp_comm: Literal["auto", "gather", "ring", "ulysses", "ulysses_ring"] = "auto"
+    """How keys meet queries. `ring`: only keys that some query of a rank sees travel to it, under
+    the attention on those before. `ulysses`: all-to-all, each rank attends with some heads over the
+    whole row. `ulysses_ring`: both, see `cp_ulysses`. `gather`: every rank collects all keys.
+    `auto`: for each stage what its first rows are predicted to be fastest with, by rates measured
+    at the start and kept in the run folder (context_rates.json)."""
     cp_ulysses: int = Field(default=0, ge=0)
     """`ulysses_ring` only: how many neighbouring context ranks share heads (best those of a node);
     the ring goes over cp / cp_ulysses."""
@@ -166,7 +168,7 @@ class MixtureEntry(Section):
     """One part of a stage's data."""
 
     prefix: str
-    """Indexed file without its ending: `<prefix>.bin`, `<prefix>.idx`."""
+    """Indexed file without its ending: `<prefix>.bin`, `<prefix>.idx`; or its URL."""
     packing: Literal["exact", "concat", "best-fit"]
     """`exact`: equal pieces cut from long documents. `concat`: documents one after another.
     `best-fit`: whole documents, what they leave of a row is padding without labels."""

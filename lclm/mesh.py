@@ -35,10 +35,6 @@ class Mesh:
     cp_size: int
     cp_rank: int
     cp_group: dist.ProcessGroup
-    cp_head_group: dist.ProcessGroup | None
-    """Context ranks that share heads; none where `parallel.cp_comm` moves keys alone."""
-    cp_ring_group: dist.ProcessGroup | None
-    """Context ranks whose keys go round; none without a ring."""
     dp_size: int
     dp_rank: int
     dp_cp_group: dist.ProcessGroup
@@ -110,8 +106,6 @@ def build_mesh(config: Config) -> Mesh:
     # lclm draws nothing at random inside a layer, but Megatron-core's layers ask for the tracker.
     model_parallel_cuda_manual_seed(config.seed)
     wish = config.train.dtype
-    cp_group = parallel_state.get_context_parallel_group()
-    cp_head_group, cp_ring_group = _split_context(config, cp_group)
     use_bf16 = wish == "bf16" or (wish == "auto" and device.type == "cuda")
     return Mesh(
         device=device,
@@ -123,9 +117,7 @@ def build_mesh(config: Config) -> Mesh:
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         cp_size=config.parallel.cp,
         cp_rank=parallel_state.get_context_parallel_rank(),
-        cp_group=cp_group,
-        cp_head_group=cp_head_group,
-        cp_ring_group=cp_ring_group,
+        cp_group=parallel_state.get_context_parallel_group(),
         dp_size=dp_size,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -136,16 +128,14 @@ def build_mesh(config: Config) -> Mesh:
     )
 
 
-def _split_context(
-    config: Config, cp_group: dist.ProcessGroup
-) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
-    """The parts of a context group for `parallel.cp_comm`: who shares heads, and the ring."""
-    parallel = config.parallel
-    if parallel.cp_comm != "ulysses_ring":
-        shares_heads, has_ring = parallel.cp_comm == "ulysses", parallel.cp_comm == "ring"
-        return cp_group if shares_heads else None, cp_group if has_ring else None
-    # Every process takes part in making every group, so all must know all context groups.
-    mine, inner = dist.get_process_group_ranks(cp_group), parallel.cp_ulysses
+def split_context(
+    cp_group: dist.ProcessGroup, inner: int
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """The parts of this process's context group: `inner` neighbours, and those of equal place.
+
+    All processes of the world must call it at the same time: each takes part in making every group.
+    """
+    mine = dist.get_process_group_ranks(cp_group)
     by_rank: list[list[int]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(by_rank, mine)
     heads = ring = None
@@ -158,6 +148,7 @@ def _split_context(
             part = ranks[start::inner]
             group = dist.new_group(part, timeout=TIMEOUT)
             ring = group if dist.get_rank() in part else ring
+    assert heads is not None and ring is not None  # each process is in a context group
     return heads, ring
 
 

@@ -153,8 +153,8 @@ def test_missing_field_and_missing_or_broken_file(run_file: Path, tmp_path: Path
 
 
 CONTEXT_MESSAGES = [
-    ("cp_comm=rong", "parallel.cp_comm = 'rong': Input should be 'gather', 'ring'"),
-    ("cp_ulysses=2", "parallel.cp_ulysses(2) has no effect with cp_comm 'gather'; remove it"),
+    ("cp_comm=rong", "parallel.cp_comm = 'rong': Input should be 'auto', 'gather'"),
+    ("cp_ulysses=2", "parallel.cp_ulysses(2) has no effect with cp_comm 'auto'; remove it"),
     ("cp_comm=ulysses_ring", "parallel.cp_ulysses(0) must divide parallel.cp(8) and lie between 1"),
     ("cp_comm=ulysses_ring cp_ulysses=3", "parallel.cp_ulysses(3) must divide parallel.cp(8)"),
     ("cp_comm=ulysses_ring cp_ulysses=8", "parallel.cp_ulysses(8) must divide parallel.cp(8) and"),

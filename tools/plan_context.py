@@ -6,15 +6,16 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lclm.config_file import load_config
-from lclm.context.cost import LINKS, CostModel, least_worst_share, predict, traffic_share
+from lclm.context.choice import compare_comms
+from lclm.context.cost import CostModel, least_worst_share, predict, traffic_share
 from lclm.context.lengths import read_histogram
+from lclm.context.machine import LINKS, RATES_NAME, Machine, read_machine
 from lclm.context.plan import RowPlan, candidate_plans, default_chunk, plan_row
 from lclm.train.stages import plan_stages
 
@@ -25,12 +26,16 @@ a histogram of document lengths (--histogram: CSV with the columns shortest,long
 columns: area is attention work, largest over mean of the ranks, mean and worst of the rows (1 is
 perfect); share is the keys a rank receives over those of a full ring, worst rank and mean rank;
 least is what the worst rank cannot go below; layer ms is the predicted time of one layer's
-attention, forward and backward, on the slowest rank, exposed ms what of it is waiting.
+attention as a ring, forward and backward, on the slowest rank, exposed ms what of it is waiting.
+Below: the same time for every way the keys can go, each with the layout that is best for it, and
+the fastest marked, which parallel.cp_comm = "auto" takes. Rates are those of H100s (--link:
+joined by NVLink, or InfiniBand between nodes of eight) or what a trainer measured (--rates).
 
 examples:
   python tools/plan_context.py --histogram benchmarks/data/doc_lengths_magi.csv \\
       --row-length 524288 --longest 262144 --cp 8,32 --png plan.png
   python tools/plan_context.py --config examples/configs/prolong.toml --cp 8,16 --link infiniband
+  python tools/plan_context.py --config run.toml --rates runs/x/context_rates.json
 
 exit status: 0 done; 2 bad usage or input.
 """
@@ -70,7 +75,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rows", type=int, default=20, help="rows to look at (20)")
     parser.add_argument("--seed", type=int, default=0, help="of the rows from --histogram (0)")
-    parser.add_argument("--link", choices=LINKS, default="nvlink", help="between ranks (nvlink)")
+    rates = parser.add_mutually_exclusive_group()
+    rates.add_argument("--link", choices=LINKS, default="nvlink", help="between H100s (nvlink)")
+    rates.add_argument(
+        "--rates", type=Path, metavar="JSON", help=f"{RATES_NAME} of a run folder, instead of H100s"
+    )
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw who holds what: first row")
     return parser
 
@@ -84,7 +93,9 @@ def rows_of_histogram(options: argparse.Namespace) -> dict[str, list[np.ndarray]
     return {title: [histogram.draw_row(rng, length, longest) for _ in range(options.rows)]}
 
 
-def rows_of_config(options: argparse.Namespace) -> tuple[dict[str, list[np.ndarray]], CostModel]:
+def rows_of_config(
+    options: argparse.Namespace, machine: Machine
+) -> tuple[dict[str, list[np.ndarray]], CostModel]:
     """Rows of every stage by title, and the cost of the configuration's attention."""
     config = load_config(options.config, options.overrides)
     if options.cp is None:
@@ -96,11 +107,16 @@ def rows_of_config(options: argparse.Namespace) -> tuple[dict[str, list[np.ndarr
         if not stage.document_mask:
             lengths = [np.array([stage.seq_length])] * len(lengths)
         rows[f"stage {stage.name}, rows of {stage.seq_length}"] = lengths
-    cost = replace(
-        LINKS[options.link],
-        num_heads=config.model.num_attention_heads,
-        num_kv_heads=config.model.num_kv_heads,
+    tp, is_recomputed = config.parallel.tp, config.train.recompute == "full"
+    is_fp32 = config.train.dtype == "fp32" or config.train.device == "cpu"
+    cost = CostModel(
+        machine,
+        num_heads=config.model.num_attention_heads // tp,
+        num_kv_heads=config.model.num_kv_heads // tp,
         head_dim=config.model.head_size,
+        number_bytes=4 if is_fp32 else 2,
+        kept_layers=1 if is_recomputed else config.model.num_layers // config.parallel.pp,
+        is_recomputed=is_recomputed,
     )
     return rows, cost
 
@@ -112,6 +128,7 @@ def judge(
     figures: dict[str, list[list[float]]] = {}
     for lengths in rows:
         plans = candidate_plans(lengths, cp_size, chunk)
+        plans.setdefault("mixed", plans["balanced"])  # where no document is long
         plans["chosen"] = plan_row(lengths, cp_size, chunk, cost)
         for name, plan in plans.items():
             prediction, share = predict(plan, cost), traffic_share(plan)
@@ -145,6 +162,17 @@ def print_table(
             f"{name:<11} {area:6.3f} {worst:6.3f}  {share:6.3f} {mean:6.3f} {least:6.3f}  "
             f"{layer:9.3f} {exposed:10.3f}"
         )
+
+
+def print_comms(rows: Sequence[np.ndarray], cp_size: int, cost: CostModel) -> None:
+    """One line of all ways, the fastest marked."""
+    found = compare_comms("auto", rows, cp_size, cost)
+    best = min(found.values())
+    times = [
+        f"{comm} {1e3 * seconds:.3f}{'*' if seconds == best else ''}"
+        for comm, seconds in found.items()
+    ]
+    print(f"layer ms by way: {', '.join(times)}")
 
 
 def load_pyplot() -> Any:
@@ -209,17 +237,20 @@ def show(options: argparse.Namespace) -> None:
         raise ValueError(f"--rows is {options.rows}; look at one row at least")
     if options.png is not None:
         load_pyplot()  # what is missing is said before the work, not after it
+    machine = read_machine(options.rates) if options.rates else LINKS[options.link]
     if options.config is not None:
-        rows_by_title, cost = rows_of_config(options)
+        rows_by_title, cost = rows_of_config(options, machine)
     elif options.overrides:
         raise ValueError(f"{' '.join(options.overrides)}: overrides belong to --config")
     else:
-        rows_by_title, cost = rows_of_histogram(options), LINKS[options.link]
+        rows_by_title, cost = rows_of_histogram(options), CostModel(machine)
     picture: dict[str, RowPlan] = {}
     for title, rows in rows_by_title.items():
         for cp_size in options.cp or [8, 32]:
             chunk = options.chunk or default_chunk(int(rows[0].sum()), cp_size)
             print_table(title, cp_size, chunk, judge(rows, cp_size, chunk, cost))
+            if cp_size > 1:
+                print_comms(rows, cp_size, cost)
             picture = picture or candidate_plans(rows[0], cp_size, chunk)
     if options.png is not None:
         draw(picture, cost, options.png)

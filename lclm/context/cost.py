@@ -2,63 +2,61 @@
 
 The ring of the exchange: at step 0 a rank works on its own keys, at step s on those received from
 rank r - s. The transfer of step s + 1 runs under the work of step s; what it takes longer is
-exposed. The backward fetches the keys again and sends their gradients home one step later.
+exposed. The backward fetches the keys again and sends their gradients home one step later. What
+other ways for queries to meet keys take is in `lclm.context.comm`.
 """
 
 from dataclasses import dataclass, fields
 
 import numpy as np
 
+from lclm.context.machine import LINKS, Machine
 from lclm.context.row_plan import RowPlan
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Rates of the machine and the shape of one attention layer.
+    """A machine and the shape of one attention layer of one tensor-parallel rank.
 
-    Defaults are H100s joined by NVLink and a Llama-3-8B layer in bf16: published FlashAttention-3
-    rates on document-masked rows of 32K tokens (584 forward, 425 backward TFLOP/s) and what
-    transfers between two GPUs are reported to reach (370 GB/s).
+    Defaults are H100s joined by NVLink and a Llama-3-8B layer in bf16.
+
+    Raises:
+        ValueError: a size that is not positive.
     """
 
-    forward_flops_per_second: float = 584e12
-    backward_flops_per_second: float = 425e12
-    link_bytes_per_second: float = 370e9  # each direction, per rank
-    step_seconds: float = 5e-6  # to start one transfer
+    machine: Machine = LINKS["nvlink"]
     num_heads: int = 32
     num_kv_heads: int = 8
     head_dim: int = 128
-    kv_bytes: int = 2  # per number of K and V
-    gradient_bytes: int = 4  # per number of dK and dV, which travel in fp32
+    number_bytes: int = 2  # of q, k, v and out
+    gradient_bytes: int = 4  # of dK and dV, which travel in fp32
+    kept_layers: int = 1  # layers whose keys are kept for the backward pass at one time
+    is_recomputed: bool = False  # whether the layer is computed again in the backward pass
 
     def __post_init__(self) -> None:
-        for field in fields(self):
+        for field in fields(self)[1:-1]:
             if getattr(self, field.name) <= 0:
                 raise ValueError(
                     f"cost model: {field.name} is {getattr(self, field.name)}; it must be positive"
                 )
 
-    @property
-    def forward_seconds_per_pair(self) -> float:
+    def forward_seconds(self, area: np.ndarray) -> np.ndarray:
         """Two matmuls (QK, PV) of 2 * head_dim flops per visible pair and query head."""
-        return 4 * self.num_heads * self.head_dim / self.forward_flops_per_second
+        return self.machine.forward.time(4 * self.num_heads * self.head_dim * area)
 
-    @property
-    def backward_seconds_per_pair(self) -> float:
+    def backward_seconds(self, area: np.ndarray) -> np.ndarray:
         """Five matmuls (QK again, dP, dV, dK, dQ)."""
-        return 10 * self.num_heads * self.head_dim / self.backward_flops_per_second
+        return self.machine.backward.time(10 * self.num_heads * self.head_dim * area)
 
     @property
-    def kv_numbers(self) -> int:
-        """Numbers of K and V per token."""
-        return 2 * self.num_kv_heads * self.head_dim
+    def kv_bytes(self) -> int:
+        """K and V of a token."""
+        return 2 * self.num_kv_heads * self.head_dim * self.number_bytes
 
-
-# Machines by the link between ranks. One 400 Gb/s InfiniBand port per rank brings about 45 GB/s.
-LINKS = {
-    "nvlink": CostModel(),
-    "infiniband": CostModel(link_bytes_per_second=45e9, step_seconds=20e-6),
-}
+    @property
+    def kv_gradient_bytes(self) -> int:
+        """dK and dV of a token."""
+        return 2 * self.num_kv_heads * self.head_dim * self.gradient_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,20 +81,22 @@ class Prediction:
 
 
 def predict(plan: RowPlan, cost: CostModel) -> Prediction:
-    """Predict one attention layer, forward and backward, under a row plan."""
+    """Predict one attention layer, forward and backward, as a ring under a row plan."""
     area = _by_step(plan.areas)
     received, sent = _by_step(plan.received), _by_step(plan.received, is_sender=True)
-    kv, gradients = cost.kv_numbers * cost.kv_bytes, cost.kv_numbers * cost.gradient_bytes
-    forward = area * cost.forward_seconds_per_pair
-    backward = area * cost.backward_seconds_per_pair
-    exposed = _exposed(forward, received * kv, sent * kv, cost)
+    kv, gradients = cost.kv_bytes, cost.kv_gradient_bytes
+    forward, backward = cost.forward_seconds(area), cost.backward_seconds(area)
+    packed = cost.machine.copy.time(sent * kv)
+    message = cost.machine.message
+    exposed = _exposed(forward, packed + message.time(np.maximum(received, sent) * kv))
     incoming, outgoing = received * kv + sent * gradients, sent * kv + received * gradients
-    exposed += _exposed(backward, incoming, outgoing, cost)
+    exposed += _exposed(backward, packed + message.time(np.maximum(incoming, outgoing)))
+    added = cost.machine.copy.time(sent * gradients)  # gradients that came home
     return Prediction(
         area=area.sum(axis=1),
         received_bytes=(received * kv + incoming).sum(axis=1),
         sent_bytes=(sent * kv + outgoing).sum(axis=1),
-        compute_seconds=(forward + backward).sum(axis=1),
+        compute_seconds=(forward + backward + added).sum(axis=1),
         exposed_seconds=exposed,
     )
 
@@ -126,10 +126,6 @@ def _by_step(matrix: np.ndarray, is_sender: bool = False) -> np.ndarray:
     return matrix[ranks, (ranks - steps) % len(matrix)]
 
 
-def _exposed(
-    compute: np.ndarray, incoming: np.ndarray, outgoing: np.ndarray, cost: CostModel
-) -> np.ndarray:
-    """Seconds each rank waits; compute in seconds and bytes are [R, steps]."""
-    transfer = np.maximum(incoming, outgoing) / cost.link_bytes_per_second
-    transfer = np.where(transfer > 0, transfer + cost.step_seconds, 0.0)
+def _exposed(compute: np.ndarray, transfer: np.ndarray) -> np.ndarray:
+    """Seconds each rank waits; both in seconds, [R, steps]."""
     return np.maximum(0.0, transfer[:, 1:] - compute[:, :-1]).sum(axis=1)

@@ -3,17 +3,21 @@
 A `Transfer` is what one rank sends and receives at one moment. It is committed once, which starts
 every message, and waited for once. On gloo the messages are asynchronous works of threads of their
 own; on CUDA they run on NCCL's stream, which events order after what the committing stream had
-queued, so that attention queued later runs beside them.
+queued, so that attention queued later runs beside them. NCCL takes all messages of a transfer in
+one call, in which a rank may send and receive at once without blocking.
 
 `KeyExchange` moves keys and values along a `RowPlan`: at step s rank r receives from r - s and
 sends to r + s (mod R), only what some query there sees, and gradients go the opposite way. The
-messages start in one order on all ranks (keys of step s + 1, then gradients of step s), which one
-NCCL stream needs in order not to block.
+transfers start in one order on all ranks (keys of step s + 1, then gradients of step s), which one
+NCCL stream needs in order not to block: all who take part in the first transfer that is not done
+have done those before it. A pair that has nothing to send leaves the message out on both sides,
+since both read it from the plan.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -151,37 +155,27 @@ def _find_lost(peer: int) -> int:
     return peer
 
 
-def check_same_plan(plan: RowPlan, group: dist.ProcessGroup, device: torch.device) -> None:
-    """Compare the plan's digest with every other rank of the group.
+class SideStream:
+    """A CUDA stream beside the one that layers run on; on a CPU there is none.
 
-    Raises:
-        ValueError: on every rank, if some rank holds another plan.
-        ExchangeError: if a rank is lost.
+    Buffers that are used here belong to the stream of the layers: they are made before `after` and
+    let go after that stream has waited for the messages. So the allocator needs no `record_stream`,
+    which would keep every step's buffers until the host sees this stream idle.
     """
-    mine = torch.frombuffer(bytearray.fromhex(plan.digest()), dtype=torch.uint8).to(device)
-    peers = [rank for rank in range(group.size()) if rank != group.rank()]
-    if not peers:
-        return
-    found = mine.new_empty(len(peers), len(mine))
-    transfer = Transfer(
-        "comparison of row plans",
-        group,
-        DIGESTS,
-        [Message(peer, mine) for peer in peers],
-        [Message(peer, found[place]) for place, peer in enumerate(peers)],
-    )
-    transfer.commit()
-    transfer.wait()
-    transfer.finish()  # the others must get this digest before anybody raises
-    is_other = (found != mine).any(dim=1).tolist()
-    others = [peer for peer, differs in zip(peers, is_other, strict=True) if differs]
-    if others:
-        names = [dist.get_global_rank(group, peer) for peer in others]
-        raise ValueError(
-            f"row plan: rank {dist.get_rank()} and rank(s) {names} of its context group deal out "
-            f"the row differently (here: {plan.row_length} tokens, {len(plan.doc_lengths)} "
-            "documents); all ranks must read the same row with the same configuration and versions"
-        )
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def after(self) -> Iterator[None]:
+        """Work queued inside starts after what the current stream has now, and runs beside what
+        that stream gets later."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            yield
 
 
 @dataclass(frozen=True)
@@ -216,7 +210,7 @@ class KeyExchange:
             raise ValueError(
                 f"key exchange: the plan is for {plan.cp_size} ranks, the group has {size}"
             )
-        self._group = group
+        self._group, self._side = group, SideStream(device)
         positions = plan.positions(rank)
         own = make_plan(*plan.intervals(rank, rank), len(positions))
         nothing = torch.empty(0, dtype=torch.int64)
@@ -253,8 +247,7 @@ class KeyExchange:
 
         def commit_until(end: int) -> None:
             for step in self.steps[len(transfers) : end]:
-                transfers.append(self._keys(step, k_TKH, v_TKH))
-                transfers[-1].commit()
+                transfers.append(self._send_keys(step, k_TKH, v_TKH))
 
         commit_until(self._horizon(0, is_eager))
         yield self.local, k_TKH, v_TKH
@@ -291,19 +284,23 @@ class KeyExchange:
         transfer.commit()
         return transfer
 
-    def _keys(self, step: KeyStep, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> Transfer:
-        """The packed keys and values that leave and arrive in a step, not yet committed."""
+    def _send_keys(self, step: KeyStep, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> Transfer:
+        """Pack and send the keys and values that leave in a step; receive those that arrive."""
         outgoing = incoming = None
         if len(step.sent):
             packed = k_TKH.new_empty(2, len(step.sent), *k_TKH.shape[1:])
-            torch.index_select(k_TKH, 0, step.sent, out=packed[0])
-            torch.index_select(v_TKH, 0, step.sent, out=packed[1])
             outgoing = Message(step.destination, packed)
         if step.num_received:
             buffer = k_TKH.new_empty(2, step.num_received, *k_TKH.shape[1:])
             incoming = Message(step.source, buffer)
         what = f"context exchange, step {step.number} of {len(self.steps)}, keys"
-        return self._transfer(what, KEYS, outgoing, incoming)
+        transfer = self._transfer(what, KEYS, outgoing, incoming)
+        with self._side.after():
+            if outgoing is not None:
+                torch.index_select(k_TKH, 0, step.sent, out=outgoing.buffer[0])
+                torch.index_select(v_TKH, 0, step.sent, out=outgoing.buffer[1])
+            transfer.commit()
+        return transfer
 
     def _transfer(
         self, what: str, tag: int, outgoing: Message | None, incoming: Message | None

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lclm_kernels.interval_attention import IntervalPlan, interval_attention
+from lclm.context.agreement import Agreement
+from lclm.context.row_plan import RowPlan
+from lclm_kernels.interval_attention import IntervalPlan, interval_attention, make_plan
 
 
 class _GatherFromContextRegion(torch.autograd.Function):
@@ -77,15 +79,20 @@ class LocalAttention:
         return interval_attention(q_TNH, k_TKH, v_TKH, self.plan, scale)
 
 
-@dataclass(frozen=True)
 class GatheredAttention:
-    """Attention of this rank's queries over keys gathered from all context ranks."""
+    """Attention of this rank's queries over keys gathered from all context ranks.
 
-    plan: IntervalPlan
-    """Intervals of the local queries in the whole row's keys."""
-    order: torch.Tensor
-    """int64 `[T]`, see `gather_from_context_region`."""
-    group: dist.ProcessGroup
+    Args:
+        plan: of the row; intervals of the local queries in the whole row's keys are made here.
+        group: one rank for each rank of the plan.
+        device: where the tensors live.
+    """
+
+    def __init__(self, plan: RowPlan, group: dist.ProcessGroup, device: torch.device) -> None:
+        self._intervals = make_plan(*plan.intervals(group.rank()), plan.row_length)
+        self._order = torch.from_numpy(plan.gather_order()).to(device)
+        self._group = group
+        self._agree = Agreement(plan, "gather", (group,), device)
 
     def __call__(
         self,
@@ -95,7 +102,13 @@ class GatheredAttention:
         scale: float,
         recomputed_layer: int | None = None,
     ) -> torch.Tensor:
-        """Output `[T, N, H]` for the T local tokens; a recomputed layer gathers again."""
+        """Output `[T, N, H]` for the T local tokens; a recomputed layer gathers again.
+
+        Raises:
+            ValueError: the ranks hold different plans.
+            ExchangeError: a rank is lost.
+        """
+        self._agree()
         kv = torch.stack([k_TKH, v_TKH], dim=1)
-        k, v = gather_from_context_region(kv, self.order, self.group).unbind(1)
-        return interval_attention(q_TNH, k, v, self.plan, scale)
+        k, v = gather_from_context_region(kv, self._order, self._group).unbind(1)
+        return interval_attention(q_TNH, k, v, self._intervals, scale)

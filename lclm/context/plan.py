@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from lclm.context.cost import CostModel, predict
+from lclm.context.comm import RING, Comm, predict_seconds
+from lclm.context.cost import CostModel
 from lclm.context.row_plan import (
     DocLengths,
     RowPlan,
@@ -22,6 +23,7 @@ __all__ = [
     "candidate_plans",
     "contiguous_plan",
     "default_chunk",
+    "mixed_plan",
     "plan_row",
     "zigzag_plan",
 ]
@@ -81,14 +83,36 @@ def balanced_plan(
     """
     lengths = check_doc_lengths(doc_lengths)
     _check_grid(int(lengths.sum()), cp_size, chunk)
-    owner = assign_chunks(lengths, cp_size, chunk, implementation)
-    starts = np.concatenate([[0], np.flatnonzero(np.diff(owner)) + 1])
-    ends = np.append(starts[1:], len(owner))
-    spans: list[list[Span]] = [[] for _ in range(cp_size)]
-    borders = zip((starts * chunk).tolist(), (ends * chunk).tolist(), strict=True)
-    for rank, span in zip(owner[starts].tolist(), borders, strict=True):
-        spans[rank].append(span)
-    return RowPlan(lengths, cp_size, tuple(tuple(mine) for mine in spans))
+    return _dealt(lengths, cp_size, chunk, assign_chunks(lengths, cp_size, chunk, implementation))
+
+
+def mixed_plan(
+    doc_lengths: DocLengths, cp_size: int, chunk: int, implementation: str = "auto"
+) -> RowPlan:
+    """Zigzag within each document that no rank can hold whole; what is left is balanced.
+
+    Long documents are then even to the pair, at the price of all ranks seeing each other's keys.
+    Where no document is long enough for 2 * cp_size chunks this is `balanced_plan`.
+
+    Args and errors: as `balanced_plan`.
+    """
+    lengths = check_doc_lengths(doc_lengths)
+    row_length = int(lengths.sum())
+    _check_grid(row_length, cp_size, chunk)
+    owner = np.full(row_length // chunk, -1)
+    left = lengths.copy()
+    ends = np.cumsum(lengths)
+    there_and_back = np.concatenate([np.arange(cp_size), np.arange(cp_size)[::-1]])
+    for document in np.flatnonzero(lengths > row_length // cp_size).tolist():
+        end = int(ends[document]) // chunk
+        start = -(-int(ends[document] - lengths[document]) // chunk)
+        each = (end - start) // (2 * cp_size)
+        if each > 0:
+            owner[end - 2 * cp_size * each : end] = np.repeat(there_and_back, each)
+            left[document] -= 2 * cp_size * each * chunk
+    if left.any():
+        owner[owner < 0] = assign_chunks(left[left > 0], cp_size, chunk, implementation)
+    return _dealt(lengths, cp_size, chunk, owner)
 
 
 def candidate_plans(
@@ -100,8 +124,11 @@ def candidate_plans(
         ValueError: as `balanced_plan`.
     """
     plans = {"balanced": balanced_plan(doc_lengths, cp_size, chunk, implementation)}
+    balanced = plans["balanced"]
+    if balanced.doc_lengths.max() > balanced.row_length // cp_size:
+        plans["mixed"] = mixed_plan(doc_lengths, cp_size, chunk, implementation)
     plans["contiguous"] = contiguous_plan(doc_lengths, cp_size)
-    if plans["contiguous"].row_length % (2 * cp_size * chunk) == 0:
+    if balanced.row_length % (2 * cp_size * chunk) == 0:
         plans["zigzag"] = zigzag_plan(doc_lengths, cp_size)
     return plans
 
@@ -124,6 +151,7 @@ def plan_row(
     cp_size: int,
     chunk: int,
     cost: CostModel | None = None,
+    comm: Comm = RING,
     implementation: str = "auto",
 ) -> RowPlan:
     """The candidate whose attention is predicted to take least time.
@@ -136,6 +164,8 @@ def plan_row(
         cost: rates of the machine and the model's attention shape. With it time alone decides, so
             that a slow link may be worth an uneven layout. Without it the rates are those of
             `CostModel()` and only layouts with even area are looked at.
+        comm: how queries will meet keys. Neighbours that share heads get a rank's part of a plan
+            for so many fewer ranks.
         implementation: of the balanced layout's solver, see `balanced_plan`.
 
     Returns:
@@ -144,20 +174,31 @@ def plan_row(
     Raises:
         ValueError: bad lengths, cp_size < 1, or a row length that cp_size * chunk does not divide.
     """
-    plans = candidate_plans(doc_lengths, cp_size, chunk, implementation)
-    rates = CostModel() if cost is None else cost
-    predictions = {name: predict(plan, rates) for name, plan in plans.items()}
+    check_cp_size(cp_size)
+    if cp_size % comm.shared:
+        raise ValueError(f"{cp_size} context ranks do not divide into groups of {comm.shared}")
+    _check_grid(int(check_doc_lengths(doc_lengths).sum()), cp_size, chunk)
+    plans = candidate_plans(doc_lengths, cp_size // comm.shared, chunk, implementation)
     if cost is None:
-        limit = max(_EVEN_AREA, predictions["balanced"].area_imbalance)
-        predictions = {k: v for k, v in predictions.items() if v.area_imbalance <= limit}
-    return plans[min(predictions, key=lambda name: predictions[name].seconds)]
+        cost, areas = CostModel(), {name: plan.areas.sum(axis=1) for name, plan in plans.items()}
+        uneven = {name: float(area.max() / area.mean()) for name, area in areas.items()}
+        limit = max(_EVEN_AREA, uneven["balanced"])
+        plans = {name: plan for name, plan in plans.items() if uneven[name] <= limit}
+    if comm.shared > 1:
+        plans = {name: plan.split(comm.shared) for name, plan in plans.items()}
+    return min(plans.values(), key=lambda plan: predict_seconds(plan, cost, comm))
 
 
 _LAYOUTS = {"contiguous": contiguous_plan, "zigzag": zigzag_plan}
 
 
 def build_row_plan(
-    layout: str, doc_lengths: DocLengths, cp_size: int, chunk: int | None = None
+    layout: str,
+    doc_lengths: DocLengths,
+    cp_size: int,
+    chunk: int | None = None,
+    cost: CostModel | None = None,
+    comm: Comm = RING,
 ) -> RowPlan:
     """Build the plan of a layout by name.
 
@@ -166,6 +207,7 @@ def build_row_plan(
         doc_lengths: tokens of each document.
         cp_size: number of ranks.
         chunk: granularity of "auto" in tokens; None: `default_chunk`.
+        cost, comm: of "auto", see `plan_row`.
 
     Raises:
         ValueError: an unknown layout, or what the layout itself refuses.
@@ -173,11 +215,22 @@ def build_row_plan(
     if layout == "auto":
         lengths = check_doc_lengths(doc_lengths)
         granularity = default_chunk(int(lengths.sum()), cp_size) if chunk is None else chunk
-        return plan_row(lengths, cp_size, granularity)
+        return plan_row(lengths, cp_size, granularity, cost, comm)
     if layout not in _LAYOUTS:
         names = ", ".join([*_LAYOUTS, "auto"])
         raise ValueError(f"cp_layout is {layout!r}; it must be one of {names}")
     return _LAYOUTS[layout](doc_lengths, cp_size)
+
+
+def _dealt(lengths: np.ndarray, cp_size: int, chunk: int, owner: np.ndarray) -> RowPlan:
+    """The plan in which `owner`, [row length / chunk], says who holds each chunk."""
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(owner)) + 1])
+    ends = np.append(starts[1:], len(owner))
+    spans: list[list[Span]] = [[] for _ in range(cp_size)]
+    borders = zip((starts * chunk).tolist(), (ends * chunk).tolist(), strict=True)
+    for rank, span in zip(owner[starts].tolist(), borders, strict=True):
+        spans[rank].append(span)
+    return RowPlan(lengths, cp_size, tuple(tuple(mine) for mine in spans))
 
 
 def _check_grid(row_length: int, cp_size: int, chunk: int) -> None:

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from lclm.context.exchange import KeyExchange, Transfer, check_same_plan
+from lclm.context.agreement import Agreement
+from lclm.context.exchange import KeyExchange, Transfer
 from lclm.context.row_plan import RowPlan
 from lclm_kernels.interval_attention import backward, forward
 
@@ -146,15 +147,8 @@ class ContextAttention:
     lse are kept here, the second time they are taken from here and nothing is sent.
     """
 
-    def __init__(
-        self,
-        passes: Passes,
-        plan: RowPlan,
-        groups: tuple[dist.ProcessGroup, ...],
-        device: torch.device,
-    ) -> None:
-        self._passes, self._plan, self._groups, self._device = passes, plan, groups, device
-        self._is_agreed = False
+    def __init__(self, passes: Passes, agree: Agreement) -> None:
+        self._passes, self._agree = passes, agree
         self._known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(
@@ -172,10 +166,7 @@ class ContextAttention:
             RuntimeError: a layer is computed again before the first time, or a third time.
             ExchangeError: a rank is lost.
         """
-        if not self._is_agreed:
-            for group in self._groups:
-                check_same_plan(self._plan, group, self._device)
-            self._is_agreed = True
+        self._agree()
         known = None
         if recomputed_layer is not None:
             if not torch.is_grad_enabled():
@@ -208,4 +199,5 @@ class ContextAttention:
 
 def build_ring(plan: RowPlan, group: dist.ProcessGroup, device: torch.device) -> ContextAttention:
     """Ring attention of one row over a group with one rank per rank of the plan."""
-    return ContextAttention(RingPasses(plan, group, device), plan, (group,), device)
+    agree = Agreement(plan, "ring", (group,), device)
+    return ContextAttention(RingPasses(plan, group, device), agree)

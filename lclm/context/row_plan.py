@@ -238,6 +238,52 @@ class RowPlan:
                 steps.append(Step(number, source, receives, destination, sends))
         return tuple(steps)
 
+    def merged(self, size: int) -> "RowPlan":
+        """The plan in which each `size` ranks that follow one another are one rank.
+
+        Raises:
+            ValueError: `size` does not divide the ranks.
+        """
+        if size < 1 or self.cp_size % size:
+            raise ValueError(f"{self.cp_size} context ranks do not divide into groups of {size}")
+        merged = []
+        for first in range(0, self.cp_size, size):
+            spans: list[Span] = []
+            held = (span for spans in self.chunks[first : first + size] for span in spans)
+            for start, end in sorted(held):
+                if spans and spans[-1][1] == start:
+                    spans[-1] = (spans[-1][0], end)
+                else:
+                    spans.append((start, end))
+            merged.append(tuple(spans))
+        return RowPlan(self.doc_lengths, self.cp_size // size, tuple(merged))
+
+    def split(self, size: int) -> "RowPlan":
+        """The plan in which each rank's tokens go in order to `size` ranks, the dual of `merged`.
+
+        Raises:
+            ValueError: a rank's tokens do not divide by `size`.
+        """
+        if self.row_length % (self.cp_size * size):
+            raise ValueError(
+                f"{self.row_length} tokens of {self.cp_size} ranks do not divide into {size} parts "
+                "of each"
+            )
+        held = self.row_length // (self.cp_size * size)
+        parts: list[list[Span]] = []
+        for spans in self.chunks:
+            room = 0
+            for start, end in spans:
+                while start < end:
+                    if room == 0:
+                        parts.append([])
+                        room = held
+                    stop = min(end, start + room)
+                    parts[-1].append((start, stop))
+                    room -= stop - start
+                    start = stop
+        return RowPlan(self.doc_lengths, self.cp_size * size, tuple(map(tuple, parts)))
+
     @cached_property
     def _pieces(self) -> _Pieces:
         spans = np.array(

@@ -9,16 +9,17 @@ Letters: U ranks that share heads, T local tokens, N query heads, K kv heads, H 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from lclm.context.agreement import Agreement
+from lclm.context.comm import kv_copies
 from lclm.context.exchange import HEADS, Message, Transfer
 from lclm.context.ring import ContextAttention, RingPasses, Tensors
-from lclm.context.row_plan import RowPlan, Span
+from lclm.context.row_plan import RowPlan
 
 
 class HeadExchange:
@@ -127,38 +128,6 @@ class UlyssesPasses:
         return x_TKH.repeat_interleave(self._copies, dim=1) if self._copies > 1 else x_TKH
 
 
-def kv_copies(num_heads: int, num_kv_heads: int, size: int) -> int:
-    """How often each kv head is repeated so that `size` ranks can share query and kv heads.
-
-    Raises:
-        ValueError: the query heads do not divide by `size`.
-    """
-    if num_heads % size:
-        raise ValueError(
-            f"ulysses: {num_heads} query heads (of this tp rank) cannot be shared by {size} ranks, "
-            "also not with repeated kv heads; the ranks that share heads must divide the query "
-            "heads: use cp_comm 'ring', or 'ulysses_ring' with a smaller cp_ulysses"
-        )
-    return math.lcm(num_kv_heads, size) // num_kv_heads
-
-
-def merge_ranks(plan: RowPlan, size: int) -> RowPlan:
-    """The plan in which each `size` ranks that follow one another are one rank."""
-    if plan.cp_size % size:
-        raise ValueError(f"{plan.cp_size} context ranks do not divide into groups of {size}")
-    merged = []
-    for first in range(0, plan.cp_size, size):
-        spans: list[Span] = []
-        held = (span for spans in plan.chunks[first : first + size] for span in spans)
-        for start, end in sorted(held):
-            if spans and spans[-1][1] == start:
-                spans[-1] = (spans[-1][0], end)
-            else:
-                spans.append((start, end))
-        merged.append(tuple(spans))
-    return RowPlan(plan.doc_lengths, plan.cp_size // size, tuple(merged))
-
-
 def build_ulysses(
     plan: RowPlan,
     num_heads: int,
@@ -184,10 +153,10 @@ def build_ulysses(
     size = head_group.size()
     first = group.rank() - head_group.rank()
     positions = [plan.positions(rank) for rank in range(first, first + size)]
-    merged = merge_ranks(plan, size)
+    merged = plan.merged(size)
     copies = kv_copies(num_heads, num_kv_heads, size)
     passes = UlyssesPasses(
         HeadExchange(positions, head_group, device), RingPasses(merged, ring_group, device), copies
     )
     groups = (group,) if ring_group is None else (group, ring_group)
-    return ContextAttention(passes, plan, groups, device)
+    return ContextAttention(passes, Agreement(plan, f"ulysses of {size}", groups, device))

@@ -25,6 +25,7 @@ from lclm.data.prefetch import Prefetcher
 from lclm.mesh import Mesh
 from lclm.model.build import build_model, init_weights
 from lclm.optim import learning_rate, reset_state, set_learning_rate
+from lclm.train.context import build_context, find_machine, spread_rows
 from lclm.train.flops import peak_flops, row_flops
 from lclm.train.metrics import RunLog
 from lclm.train.micro_batch import (
@@ -77,6 +78,7 @@ class Run:
                 encoding="utf-8",
             )
             self.log = RunLog(self.dir, config.metrics.tensorboard, self.step)
+        self.machine = find_machine(config, mesh)
 
     @property
     def last_step(self) -> int:
@@ -96,7 +98,11 @@ class Run:
         """Train from the current step to the end of stage `number`, or of the run."""
         stage = self.config.stage[number]
         position = find_position(self.config, self.step)
-        build = MicroBatchBuilder(self.config, self.mesh, stage.rope_base, stage.document_mask)
+        rows = [self._doc_lengths(number, row) for row in spread_rows(stage.num_rows)]
+        context = build_context(self.config, self.mesh, self.machine, rows)
+        build = MicroBatchBuilder(
+            self.config, self.mesh, context, stage.rope_base, stage.document_mask
+        )
         if position.stage_step == 0:
             logger.info(
                 "stage %d %s: %d steps of %d rows of %d tokens, RoPE base %g",
@@ -190,12 +196,15 @@ class Run:
         return record
 
     def _row_flops(self, number: int, row: int) -> float:
-        """Model FLOPs of a row of stage `number`, with or without its document mask."""
+        """Model FLOPs of a row of stage `number`."""
+        return row_flops(self.config.model, self._doc_lengths(number, row))
+
+    def _doc_lengths(self, number: int, row: int) -> np.ndarray:
+        """Documents of a row of stage `number`, one where the stage has no document mask."""
         stage = self.config.stage[number]
-        lengths = np.array([stage.seq_length])
         if stage.document_mask:
-            lengths = self.planned[number].doc_lengths(row)
-        return row_flops(self.config.model, lengths)
+            return self.planned[number].doc_lengths(row)
+        return np.array([stage.seq_length])
 
     def _maybe_validate(self, number: int, build: MicroBatchBuilder, is_last: bool) -> None:
         every = self.config.validation.every_steps

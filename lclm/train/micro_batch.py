@@ -9,15 +9,12 @@ import numpy as np
 import torch
 
 from lclm.config import Config
-from lclm.context.gather import GatheredAttention, LocalAttention
-from lclm.context.plan import RowPlan, build_row_plan
-from lclm.context.ring import build_ring
-from lclm.context.ulysses import build_ulysses
+from lclm.context.attend import ContextParallel
+from lclm.context.plan import RowPlan
 from lclm.data.batch import build_label_weights, build_labels
 from lclm.data.loader import Row
 from lclm.mesh import Mesh
-from lclm.model.row import Attend, RowContext
-from lclm_kernels.interval_attention import make_plan
+from lclm.model.row import RowContext
 from lclm_kernels.rope import SCALING_KEYS, build_rope_table
 
 IGNORED = -100
@@ -43,17 +40,20 @@ class MicroBatch:
 class MicroBatchBuilder:
     """Builds micro-batches for one rank of a mesh, at one RoPE base and mask setting."""
 
-    def __init__(self, config: Config, mesh: Mesh, rope_base: float, document_mask: bool) -> None:
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        context: ContextParallel,
+        rope_base: float,
+        document_mask: bool,
+    ) -> None:
         scaling = config.model.rope_scaling
         self._scaling = None
         if scaling:
             self._scaling = scaling.model_dump(include={"type", *SCALING_KEYS[scaling.type]})
         self._head_size = config.model.head_size
-        self._num_heads = config.model.num_attention_heads // config.parallel.tp
-        self._num_kv_heads = config.model.num_kv_heads // config.parallel.tp
-        # One rank holds a row whole, whatever its length.
-        self._layout = config.parallel.cp_layout if mesh.cp_size > 1 else "contiguous"
-        self._mesh = mesh
+        self._mesh, self._context = mesh, context
         self._rope_base = rope_base
         self._document_mask = document_mask
 
@@ -69,7 +69,7 @@ class MicroBatchBuilder:
         if not is_counted:
             labels[:] = IGNORED
         doc_lengths = row.doc_lengths if self._document_mask else np.array([len(row.tokens)])
-        plan = build_row_plan(self._layout, doc_lengths, self._mesh.cp_size)
+        plan = self._context.plan(doc_lengths)
         positions = plan.positions(self._mesh.cp_rank)
         device = self._mesh.device
         local_labels = labels[positions]
@@ -91,24 +91,7 @@ class MicroBatchBuilder:
         cos, sin = build_rope_table(
             torch.from_numpy(in_document), self._head_size, self._rope_base, self._scaling
         )
-        return RowContext(cos.to(mesh.device), sin.to(mesh.device), self._attention(plan))
-
-    def _attention(self, plan: RowPlan) -> Attend:
-        """How this row's queries meet its keys; what depends on the mask is made here, once."""
-        mesh = self._mesh
-        group, device = mesh.cp_group, mesh.device
-        if mesh.cp_size > 1 and mesh.cp_head_group is not None:
-            heads = (self._num_heads, self._num_kv_heads)
-            return build_ulysses(
-                plan, *heads, group, device, mesh.cp_head_group, mesh.cp_ring_group
-            )
-        if mesh.cp_size > 1 and mesh.cp_ring_group is not None:
-            return build_ring(plan, group, device)
-        lo, hi = plan.intervals(mesh.cp_rank)
-        intervals = make_plan(lo, hi, plan.row_length)
-        if mesh.cp_size == 1:
-            return LocalAttention(intervals)
-        return GatheredAttention(intervals, torch.from_numpy(plan.gather_order()).to(device), group)
+        return RowContext(cos.to(mesh.device), sin.to(mesh.device), self._context.attention(plan))
 
 
 def deal_rows(costs: Sequence[float], num_ranks: int) -> list[list[int]]:

@@ -7,13 +7,17 @@ import signal
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from lclm.context import ring
+from lclm.context.cost import CostModel
 from lclm.context.exchange import GRADIENTS, KEYS, Message, Transfer
+from lclm.context.gather import GatheredAttention
+from lclm.context.measure import measure_machine
 from lclm.context.plan import contiguous_plan, zigzag_plan
 from lclm.context.ring import ContextAttention, build_ring
 from lclm.context.row_plan import RowPlan
@@ -24,8 +28,12 @@ HEADS = (6, 2)
 ROW = 48
 
 
-def build(mode: str, plan: RowPlan, group: dist.ProcessGroup) -> ContextAttention:
+def build(
+    mode: str, plan: RowPlan, group: dist.ProcessGroup
+) -> ContextAttention | GatheredAttention:
     """Attention of a mode on a row of `ROW` tokens."""
+    if mode == "gather":
+        return GatheredAttention(plan, group, CPU)
     if mode == "ring":
         return build_ring(plan, group, CPU)
     return build_ulysses(plan, *HEADS, group, CPU)
@@ -56,16 +64,28 @@ def lose_rank(lost: int, how: str, mode: str) -> None:
 
 
 def disagreements() -> list[str]:
-    """Rank 1 deals out the row in another way; the error text of this rank in each mode."""
+    """Rank 1 deals out the row differently, or its keys go another way; this rank's error texts."""
     group = dist.group.WORLD
     texts = []
-    for mode in ("ring", "ulysses"):
+    for mode in ("ring", "ulysses", "gather"):
         deal = contiguous_plan if dist.get_rank() == 1 else zigzag_plan
         attend = build(mode, deal([5, ROW - 5], group.size()), group)
         with pytest.raises(ValueError, match="row plan") as caught:
             attend(*local_tensors(group), 1.0)
         texts.append(str(caught.value))
-    return texts
+    mode = "gather" if dist.get_rank() == 1 else "ring"
+    attend = build(mode, zigzag_plan([5, ROW - 5], group.size()), group)
+    with pytest.raises(ValueError, match=f"by {mode}") as caught:
+        attend(*local_tensors(group), 1.0)
+    return [*texts, str(caught.value)]
+
+
+def measured() -> tuple[dict[str, Any], float]:
+    """What this rank holds after the ranks have measured, and the seconds it took."""
+    start = time.perf_counter()
+    cost = CostModel(num_heads=4, num_kv_heads=2, head_dim=16)
+    machine = measure_machine(cost, dist.group.WORLD, CPU, torch.float32)
+    return machine.dump(), time.perf_counter() - start
 
 
 def order_of_work() -> tuple[list[str], list[str]]:
@@ -103,9 +123,9 @@ def order_of_work() -> tuple[list[str], list[str]]:
     return first, events
 
 
-def three_ranks() -> tuple[list[str], tuple[list[str], list[str]]]:
-    """`disagreements` and `order_of_work` in one set of processes."""
-    return disagreements(), order_of_work()
+def three_ranks() -> tuple[list[str], tuple[list[str], list[str]], tuple[dict[str, Any], float]]:
+    """`disagreements`, `order_of_work` and `measured` in one set of processes."""
+    return disagreements(), order_of_work(), measured()
 
 
 def arrive_early() -> tuple[bool, float]:

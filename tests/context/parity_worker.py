@@ -87,12 +87,6 @@ class Groups:
             yield f"ulysses{inner} x ring", lambda h=heads, r=rings: build_ulysses(*shape, h, r)
 
 
-def gathered(plan: RowPlan, group: dist.ProcessGroup) -> GatheredAttention:
-    """The oracle on several processes."""
-    intervals = make_plan(*plan.intervals(group.rank()), plan.row_length)
-    return GatheredAttention(intervals, torch.from_numpy(plan.gather_order()), group)
-
-
 def row_tensors(plan: RowPlan, num_heads: int, num_kv_heads: int) -> list[torch.Tensor]:
     """q, k, v and the gradient of out for the whole row, fp32, equal on every rank."""
     generator = torch.Generator().manual_seed(plan.row_length + num_heads)
@@ -173,7 +167,7 @@ def parity(groups: Groups) -> dict[str, np.ndarray]:
         wanted = [x[mine] for x in one_process(plan, tensors)]
         local = [x[mine] for x in tensors]
         where = f"{name}, {heads[0]}/{heads[1]} heads"
-        attend = gathered(plan, groups.whole)
+        attend = GatheredAttention(plan, groups.whole, CPU)
         found[f"gather: {where}"] = squares(run_attention(attend, local), wanted)
         for mode, build in groups.modes(plan, *heads):
             found[f"{mode}: {where}"] = squares(run_attention(build(), local), wanted)

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from lclm.context.machine import load_machine
 from tests import distributed
 from tests.context import failure_worker
 from tests.distributed import DistributedError, run_distributed
@@ -17,6 +18,8 @@ FORWARD_ORDER = [
     ["keys in", "keys out", "attend", "attend"],
     ["keys in", "attend", "keys in", "attend", "attend"],
 ]
+# Rates are measured in about one second of an idle machine; ten where others compute too.
+MEASURING_SECONDS = 10.0
 # Gradients leave while the next step is attended to.
 BACKWARD_ORDER = [
     ["keys out", "attend", "keys out", "gradients in", "gradients in"],
@@ -26,12 +29,17 @@ BACKWARD_ORDER = [
 
 
 def test_three_ranks_disagree_loudly_and_exchange_under_attention() -> None:
-    for rank, (texts, (first, back)) in enumerate(run_distributed(failure_worker.three_ranks, 3)):
+    results = run_distributed(failure_worker.three_ranks, 3)
+    for rank, (texts, (first, back), _) in enumerate(results):
         others = "[0, 2]" if rank == 1 else "[1]"
         for text in texts:
             assert f"row plan: rank {rank} and rank(s) {others} of its context group" in text
         assert first == FORWARD_ORDER[rank]
         assert back == BACKWARD_ORDER[rank]
+    machines = [machine for _, _, (machine, _) in results]
+    assert machines == [machines[0]] * 3
+    assert load_machine(machines[0]).near_ranks == 3
+    assert max(seconds for _, _, (_, seconds) in results) < MEASURING_SECONDS
 
 
 def test_transfers_fly_alone_and_refuse_misuse() -> None:

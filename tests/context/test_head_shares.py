@@ -7,9 +7,9 @@ import re
 import pytest
 import torch
 
+from lclm.context.comm import kv_copies
 from lclm.context.exchange import KeyExchange
 from lclm.context.plan import contiguous_plan, zigzag_plan
-from lclm.context.ulysses import kv_copies, merge_ranks
 
 
 @pytest.mark.parametrize(
@@ -30,12 +30,12 @@ def test_query_heads_that_cannot_be_shared_are_refused() -> None:
 
 def test_ranks_merge_into_larger_ones() -> None:
     plan = zigzag_plan([40, 24], 4)  # eight stretches of 8
-    merged = merge_ranks(plan, 2)
+    merged = plan.merged(2)
     assert merged.chunks == (((0, 16), (48, 64)), ((16, 48),))
     assert merged.doc_lengths.tolist() == [40, 24]
-    assert merge_ranks(plan, 4).chunks == (((0, 64),),)
+    assert plan.merged(4).chunks == (((0, 64),),)
     with pytest.raises(ValueError, match="4 context ranks do not divide into groups of 3"):
-        merge_ranks(plan, 3)
+        plan.merged(3)
 
 
 def test_a_plan_for_more_ranks_than_there_are_is_refused() -> None:

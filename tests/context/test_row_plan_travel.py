@@ -1,11 +1,16 @@
-"""What travels under a row plan, and what it is predicted to cost, against brute force."""
+"""What travels under a row plan, against brute force; which plan is chosen."""
 
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from lclm.context.comm import GATHER, RING, Comm, predict_seconds
 from lclm.context.cost import CostModel, least_worst_share, predict, traffic_share
+from lclm.context.lengths import read_histogram
+from lclm.context.machine import LINKS, Rate
 from lclm.context.plan import (
     RowPlan,
     balanced_plan,
@@ -13,10 +18,12 @@ from lclm.context.plan import (
     candidate_plans,
     contiguous_plan,
     default_chunk,
+    mixed_plan,
     plan_row,
     zigzag_plan,
 )
 
+HISTOGRAM = Path(__file__).parents[2] / "benchmarks" / "data" / "doc_lengths_magi.csv"
 CP_SIZES = [1, 2, 3, 4, 6, 8]
 ROWS = {
     "one document": [96],
@@ -33,6 +40,7 @@ def plans(lengths: list[int], cp_size: int) -> list[RowPlan]:
         zigzag_plan(lengths, cp_size),
         balanced_plan(lengths, cp_size, 4),
         balanced_plan(lengths, cp_size, 1),
+        mixed_plan(lengths, cp_size, 4),
     ]
 
 
@@ -109,31 +117,6 @@ def test_one_document_is_balanced_at_any_size() -> None:
         assert predict(plan, CostModel()).area_imbalance < 1.001
 
 
-def test_prediction_of_a_row_that_can_be_counted_by_hand() -> None:
-    """Two ranks, one document of 8: rank 0 holds 0..3, rank 1 holds 4..7 and needs 0..3."""
-    cost = CostModel(
-        forward_flops_per_second=4.0,  # one pair takes one second
-        backward_flops_per_second=10.0,
-        link_bytes_per_second=1.0,
-        step_seconds=0.5,
-        num_heads=1,
-        num_kv_heads=1,
-        head_dim=1,
-        kv_bytes=2,
-        gradient_bytes=4,
-    )
-    result = predict(contiguous_plan([8], 2), cost)
-    assert result.area.tolist() == [10, 26]
-    # 4 tokens: 4 bytes of K and V each, twice, and 8 bytes of gradients back
-    assert result.received_bytes.tolist() == [4 * 8, 4 * 4 * 2]
-    assert result.sent_bytes.tolist() == [4 * 4 * 2, 4 * 8]
-    assert result.compute_seconds.tolist() == [20.0, 52.0]
-    # transfers of 16 bytes forward and 32 backward, each under 10 seconds of work on own keys
-    assert result.exposed_seconds.tolist() == [6.5 + 22.5] * 2
-    assert result.seconds == 81.0
-    assert result.area_imbalance == pytest.approx(26 / 18)
-
-
 def test_traffic_shares() -> None:
     plan = contiguous_plan([8, 24], 4)
     assert traffic_share(plan).tolist() == pytest.approx([0, 0, 8 / 24, 16 / 24])
@@ -145,8 +128,8 @@ def test_traffic_shares() -> None:
 def test_plan_row_takes_what_is_predicted_to_be_fastest() -> None:
     lengths, cp_size, chunk = [9000, 500, 6884], 8, 128
     plans_by_name = candidate_plans(lengths, cp_size, chunk)
-    assert list(plans_by_name) == ["balanced", "contiguous", "zigzag"]
-    slow_link = CostModel(link_bytes_per_second=1e6)
+    assert list(plans_by_name) == ["balanced", "mixed", "contiguous", "zigzag"]
+    slow_link = CostModel(replace(LINKS["nvlink"], message=Rate(5e-6, 1e6)))
     chosen = set()
     for cost in (CostModel(), slow_link):
         seconds = {name: predict(plan, cost).seconds for name, plan in plans_by_name.items()}
@@ -154,11 +137,57 @@ def test_plan_row_takes_what_is_predicted_to_be_fastest() -> None:
         chosen.add(best)
         plan = plan_row(lengths, cp_size, chunk, cost)
         assert plan.digest() == plans_by_name[best].digest()
-        assert plan.digest() == plan_row(lengths, cp_size, chunk, cost, "reference").digest()
+        assert plan.digest() == plan_row(lengths, cp_size, chunk, cost, RING, "reference").digest()
     assert len(chosen) == 2  # a slow link changes the choice
     assert build_row_plan("auto", lengths, cp_size, chunk).digest() == (
         plan_row(lengths, cp_size, chunk).digest()
     )
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_the_chosen_plan_is_never_slower_than_a_simple_one(link: str) -> None:
+    """On rows with and without long documents; some are fastest with a mixture."""
+    histogram = read_histogram(HISTOGRAM)
+    rng = np.random.default_rng(3)
+    rows = [histogram.draw_row(rng, 32768, longest) for longest in (8192, 8192, 16384, 30000)]
+    rows += [np.array([32768]), np.array([24000, 8768]), np.full(8, 4096)]
+    cost, chosen = CostModel(LINKS[link], is_recomputed=True), set()
+    for lengths in rows:
+        for cp_size in (4, 16):
+            found = {
+                name: predict(plan, cost).seconds
+                for name, plan in candidate_plans(lengths, cp_size, 128).items()
+            }
+            best = predict(plan_row(lengths, cp_size, 128, cost), cost).seconds
+            assert best == min(found.values())
+            chosen |= {name for name, seconds in found.items() if seconds == best}
+    assert {"balanced", "mixed"} < chosen
+
+
+@pytest.mark.parametrize(
+    "comm", [RING, GATHER, Comm("ulysses_ring", 2), Comm("ulysses", 8)], ids=str
+)
+def test_plans_fit_the_way_of_the_keys(comm: Comm) -> None:
+    lengths, cost = [9000, 500, 6884], CostModel(LINKS["infiniband"])
+    plan = plan_row(lengths, 8, 128, cost, comm)
+    assert plan.cp_size == 8
+    inners = candidate_plans(lengths, 8 // comm.shared, 128).values()
+    least = min(predict_seconds(p.split(comm.shared), cost, comm) for p in inners)
+    assert predict_seconds(plan, cost, comm) == least
+    assert comm.name != "ulysses" or plan.digest() == contiguous_plan(lengths, 8).digest()
+    with pytest.raises(ValueError, match="3 context ranks do not divide into groups of 2"):
+        plan_row([96], 3, 4, cost, Comm("ulysses_ring", 2))
+
+
+def test_mixed_plan_is_even_where_documents_are_long() -> None:
+    """One giant document: every rank has the same area to the pair, as in zigzag."""
+    plan = mixed_plan([4096], 4, 64)
+    assert plan.digest() == zigzag_plan([4096], 4).digest()
+    assert len(set(plan.areas.sum(axis=1).tolist())) == 1
+    short = [100] * 40 + [96]
+    assert mixed_plan(short, 4, 64).digest() == balanced_plan(short, 4, 64).digest()
+    mixed = mixed_plan([2996, *short[:11]], 4, 16, "reference")
+    assert mixed.digest() == mixed_plan([2996, *short[:11]], 4, 16).digest()
 
 
 def test_plan_row_without_rates_keeps_area_even() -> None:
@@ -181,7 +210,7 @@ def test_default_chunk(row_length: int, cp_size: int, chunk: int) -> None:
 
 
 def test_zigzag_is_no_candidate_off_the_grid() -> None:
-    assert list(candidate_plans([96], 4, 24)) == ["balanced", "contiguous"]
+    assert list(candidate_plans([96], 4, 24)) == ["balanced", "mixed", "contiguous"]
 
 
 @pytest.mark.parametrize(
@@ -192,9 +221,8 @@ def test_zigzag_is_no_candidate_off_the_grid() -> None:
         (lambda: plan_row([96], 4, 25), "fewer chunks of 25 than the 4 ranks"),
         (lambda: plan_row([96], 4, 5), r"96 tokens is not a multiple of .* = 4 \* 5 = 20"),
         (lambda: plan_row([90, 0, 6], 4, 4), r"doc_lengths\[1\] is 0"),
-        (lambda: plan_row([96], 4, 4, None, "cuda"), "implementation='cuda'"),
+        (lambda: plan_row([96], 4, 4, implementation="cuda"), "implementation='cuda'"),
         (lambda: build_row_plan("auto", [97], 4), "row of 97 tokens"),
-        (lambda: CostModel(link_bytes_per_second=0), "link_bytes_per_second is 0"),
     ],
 )
 def test_bad_input_is_refused(build, match: str) -> None:

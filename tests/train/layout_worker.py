@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from lclm.context.machine import LINKS
 from lclm.log import setup_logging
 from tests.train.tiny import ROW_LENGTH, ROWS_PER_STEP, half_labelled_row, ragged_row, tiny_config
 
@@ -43,6 +44,7 @@ def train_steps(
     mesh = build_mesh(config)
     from lclm.model.build import build_model, init_weights
     from lclm.optim import learning_rate, set_learning_rate
+    from lclm.train.context import build_context
     from lclm.train.micro_batch import MicroBatchBuilder, deal_rows
     from lclm.train.step import Engine
 
@@ -50,7 +52,8 @@ def train_steps(
     init_weights(model, config, mesh)
     engine = Engine(config, mesh, model, ["a"])
     stage = config.stage[0]
-    build = MicroBatchBuilder(config, mesh, stage.rope_base, stage.document_mask)
+    context = build_context(config, mesh, LINKS["nvlink"], [make_row(0)[1], make_row(1)[1]])
+    build = MicroBatchBuilder(config, mesh, context, stage.rope_base, stage.document_mask)
     results = []
     for step in range(num_steps):
         rows = [Row(*make_row(step * ROWS_PER_STEP + n), domain="a") for n in range(ROWS_PER_STEP)]

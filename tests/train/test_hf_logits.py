@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from lclm.context.machine import LINKS
 from tests import tolerances
 from tests.distributed import run_distributed
 from tests.train.tiny import VOCAB_SIZE, tiny_config
@@ -36,12 +37,14 @@ def load_and_run(folder: Path, tokens: np.ndarray, changes: dict[str, Any]) -> n
     mesh = build_mesh(config)
     from lclm.checkpoint import store
     from lclm.model.build import build_model
+    from lclm.train.context import build_context
     from lclm.train.micro_batch import MicroBatchBuilder
 
     model = build_model(config, mesh)
     fields = config.model.model_dump(exclude={"init_from"})
     info = store.load(folder, fields, mesh, model, None)
-    batch = MicroBatchBuilder(config, mesh, info.rope_base, True)(
+    context = build_context(config, mesh, LINKS["nvlink"], [])
+    batch = MicroBatchBuilder(config, mesh, context, info.rope_base, True)(
         Row(tokens, np.array([SEQ_LENGTH]), "a")
     )
     with torch.no_grad():
@@ -59,6 +62,7 @@ def save_and_run(folder: Path, tokens: np.ndarray, changes: dict[str, Any]) -> n
     from lclm.checkpoint import store
     from lclm.checkpoint.folder import CheckpointInfo
     from lclm.model.build import build_model, init_weights
+    from lclm.train.context import build_context
     from lclm.train.loop import versions
     from lclm.train.micro_batch import MicroBatchBuilder
     from lclm.train.step import Engine
@@ -66,7 +70,8 @@ def save_and_run(folder: Path, tokens: np.ndarray, changes: dict[str, Any]) -> n
     model = build_model(config, mesh)
     init_weights(model, config, mesh)
     engine = Engine(config, mesh, model, ["a"])
-    batch = MicroBatchBuilder(config, mesh, ROPE_BASE, True)(
+    context = build_context(config, mesh, LINKS["nvlink"], [])
+    batch = MicroBatchBuilder(config, mesh, context, ROPE_BASE, True)(
         Row(tokens, np.array([SEQ_LENGTH]), "a")
     )
     info = CheckpointInfo(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lclm.context.machine import LINKS
 from tests import tolerances
 from tests.distributed import run_distributed
 from tests.train.tiny import VOCAB_SIZE, tiny_config
@@ -21,11 +22,13 @@ def losses_by_weights() -> dict[str, tuple[float, int, np.ndarray]]:
     config = tiny_config("unused")
     mesh = build_mesh(config)
     from lclm.model.build import build_model, init_weights
+    from lclm.train.context import build_context
     from lclm.train.micro_batch import MicroBatchBuilder
 
     model = build_model(config, mesh)
     init_weights(model, config, mesh)
-    build = MicroBatchBuilder(config, mesh, 1e4, True)
+    context = build_context(config, mesh, LINKS["nvlink"], [])
+    build = MicroBatchBuilder(config, mesh, context, 1e4, True)
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, VOCAB_SIZE, 64)
     target = (rng.random(64) < 0.4).astype(np.float32)

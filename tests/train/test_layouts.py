@@ -18,10 +18,15 @@ TWO_RANKS = {
     "dp2 in order": {"in_order": True},
     "tp2": {"parallel__tp": 2},
     "cp2": {"parallel__cp": 2},
+    "cp2 gather": {"parallel__cp": 2, "parallel__cp_comm": "gather"},
     "cp2 zigzag": {"parallel__cp": 2, "parallel__cp_layout": "zigzag"},
     "cp2 contiguous": {"parallel__cp": 2, "parallel__cp_layout": "contiguous"},
     "pp2": {"parallel__pp": 2},
-    "cp2 recompute": {"parallel__cp": 2, "train__recompute": "full"},
+    "cp2 gather recompute": {
+        "parallel__cp": 2,
+        "parallel__cp_comm": "gather",
+        "train__recompute": "full",
+    },
     "pp2 tied": {"parallel__pp": 2, "model__tie_embeddings": True},
     "cp2 ring": {"parallel__cp": 2, "parallel__cp_comm": "ring"},
     "cp2 ring recompute": {
@@ -49,12 +54,13 @@ TWO_RANKS = {
     },
 }
 FOUR_RANKS = {
-    "tp2 cp2": {"parallel__tp": 2, "parallel__cp": 2},
+    "tp2 cp2 gather": {"parallel__tp": 2, "parallel__cp": 2, "parallel__cp_comm": "gather"},
     "pp2 cp2": {"parallel__pp": 2, "parallel__cp": 2},
-    "dp2 cp2": {"parallel__cp": 2},
+    "dp2 cp2 gather": {"parallel__cp": 2, "parallel__cp_comm": "gather"},
     "tp2 pp2": {"parallel__tp": 2, "parallel__pp": 2},
     "tp2 pp2 tied": {"parallel__tp": 2, "parallel__pp": 2, "model__tie_embeddings": True},
     "cp4": {"parallel__cp": 4},
+    "cp4 gather": {"parallel__cp": 4, "parallel__cp_comm": "gather"},
     "tp2 cp2 ring": {"parallel__tp": 2, "parallel__cp": 2, "parallel__cp_comm": "ring"},
     "tp2 cp2 ulysses": {"parallel__tp": 2, "parallel__cp": 2, "parallel__cp_comm": "ulysses"},
     "pp2 cp2 ring recompute": {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lclm.context.machine import LINKS
 from tests import tolerances
 from tests.distributed import run_distributed
 from tests.train.tiny import VOCAB_SIZE, tiny_config
@@ -20,11 +21,13 @@ def packed_and_separate(document_mask: bool) -> dict[str, tuple[float, dict[str,
     config = tiny_config("unused")
     mesh = build_mesh(config)
     from lclm.model.build import build_model, init_weights
+    from lclm.train.context import build_context
     from lclm.train.micro_batch import MicroBatchBuilder
 
     model = build_model(config, mesh)
     init_weights(model, config, mesh)
-    build = MicroBatchBuilder(config, mesh, 1e4, document_mask)
+    context = build_context(config, mesh, LINKS["nvlink"], [])
+    build = MicroBatchBuilder(config, mesh, context, 1e4, document_mask)
     tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, sum(DOC_LENGTHS))
     pieces = np.split(tokens, np.cumsum(DOC_LENGTHS)[:-1])
     rows = {

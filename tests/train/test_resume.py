@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from lclm.config_file import dump_toml
+from lclm.context.machine import RATES_NAME
 from tests import tolerances
 from tests.distributed import run_distributed
 from tests.train.sample_data import write_domain
@@ -93,10 +94,14 @@ def test_straight_run_has_every_record(straight: Path) -> None:
 def test_resumed_equals_straight_bit_for_bit(run_file: Path, straight: Path) -> None:
     """Stops within a stage (3), at its end (4) and within the next (6)."""
     run_dir = run_file.parent / "resumed"
+    run_dir.mkdir()
+    rates = (straight / RATES_NAME).read_text()
+    (run_dir / RATES_NAME).write_text(rates)
     common = [str(run_file), f"run.dir={run_dir}", "parallel.cp=2"]
     stops = [[*common, f"train.max_steps={stop}"] for stop in (3, 4, 6, 8)]
     assert run_distributed(run_all, 2, stops, timeout=280) == [[0] * 4] * 2
     assert records(run_dir) == records(straight)
+    assert (run_dir / RATES_NAME).read_text() == rates  # not measured again
     assert (run_dir / "validation.jsonl").read_text() == (straight / "validation.jsonl").read_text()
 
 

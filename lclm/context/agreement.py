@@ -1,0 +1,71 @@
+"""Ranks make sure that they hold one plan, and go one way, before anything else is exchanged."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from lclm.context.exchange import DIGESTS, Message, Transfer
+from lclm.context.row_plan import RowPlan
+
+
+class Agreement:
+    """Compares the plan of a row and the way of its keys with the other ranks, once.
+
+    On NCCL this is also the first use of each group, in which all its ranks must take part.
+
+    Args:
+        plan: of the row.
+        comm: name of the way, see `lclm.context.comm`.
+        groups: every group in which messages of this row will travel.
+        device: of the messages.
+    """
+
+    def __init__(
+        self, plan: RowPlan, comm: str, groups: Sequence[dist.ProcessGroup], device: torch.device
+    ) -> None:
+        self._plan, self._comm, self._groups, self._device = plan, comm, groups, device
+        self._is_agreed = False
+
+    def __call__(self) -> None:
+        """Compare at the first call.
+
+        Raises:
+            ValueError: on every rank of a group, if some rank has something else.
+            ExchangeError: a rank is lost.
+        """
+        if not self._is_agreed:
+            for group in self._groups:
+                self._compare(group)
+            self._is_agreed = True
+
+    def _compare(self, group: dist.ProcessGroup) -> None:
+        content = hashlib.sha256(f"{self._comm} {self._plan.digest()}".encode()).digest()
+        mine = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(self._device)
+        peers = [rank for rank in range(group.size()) if rank != group.rank()]
+        if not peers:
+            return
+        found = mine.new_empty(len(peers), len(mine))
+        transfer = Transfer(
+            "comparison of row plans",
+            group,
+            DIGESTS,
+            [Message(peer, mine) for peer in peers],
+            [Message(peer, found[place]) for place, peer in enumerate(peers)],
+        )
+        transfer.commit()
+        transfer.wait()
+        transfer.finish()  # the others must get this digest before anybody raises
+        is_other = (found != mine).any(dim=1).tolist()
+        others = [peer for peer, differs in zip(peers, is_other, strict=True) if differs]
+        if others:
+            names = [dist.get_global_rank(group, peer) for peer in others]
+            raise ValueError(
+                f"row plan: rank {dist.get_rank()} and rank(s) {names} of its context group deal "
+                f"out the row differently (here: {self._plan.row_length} tokens, "
+                f"{len(self._plan.doc_lengths)} documents, by {self._comm}); all ranks must read "
+                "the same row with the same configuration and versions"
+            )

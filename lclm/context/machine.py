@@ -1,0 +1,129 @@
+"""What a rank's device and the links between context ranks do: rates, measured or published."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+RATES_NAME = "context_rates.json"  # in a run folder: what the trainer measured
+
+
+class Rate(NamedTuple):
+    """What n units of work take: `seconds + n / per_second`, and nothing where n is 0."""
+
+    seconds: float
+    per_second: float
+
+    def time(self, amount: np.ndarray | float) -> np.ndarray:
+        """Seconds of each amount; float64 in the shape of `amount`."""
+        work = np.asarray(amount, dtype=np.float64)
+        return np.where(work > 0, self.seconds + work / self.per_second, 0.0)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates of one rank; `lclm.context.measure` finds those of the ranks at hand.
+
+    Attention counts matmul flops of the visible pairs, copies count bytes written, links count
+    bytes that a rank sends while it receives as many.
+
+    Raises:
+        ValueError: a rate that is not positive.
+    """
+
+    forward: Rate
+    backward: Rate
+    copy: Rate
+    message: Rate
+    """To one other rank, of another node where the context ranks are on several."""
+    gather: Rate
+    """All-gather among all context ranks."""
+    scatter: Rate
+    """Reduce-scatter in fp32 among all context ranks."""
+    trade: Rate
+    """All-to-all among all context ranks."""
+    near_trade: Rate
+    """All-to-all among neighbours, at most `near_ranks` of them."""
+    near_ranks: int
+    """How many context ranks that follow one another share a node."""
+
+    def __post_init__(self) -> None:
+        for name, rate in self._rates().items():
+            if not (rate.seconds >= 0 and rate.per_second > 0):
+                raise ValueError(f"machine: {name} is {rate}; rates must be positive")
+        if self.near_ranks < 1:
+            raise ValueError(f"machine: near_ranks is {self.near_ranks}; it is at least 1")
+
+    def _rates(self) -> dict[str, Rate]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "near_ranks"}
+
+    def trade_among(self, num_ranks: int) -> Rate:
+        """All-to-all among so many neighbours."""
+        return self.near_trade if num_ranks <= self.near_ranks else self.trade
+
+    def dump(self) -> dict[str, Any]:
+        """Plain numbers for JSON; `load_machine` reads them."""
+        rates = {name: list(rate) for name, rate in self._rates().items()}
+        return {**rates, "near_ranks": self.near_ranks}
+
+    def summary(self) -> str:
+        """The rates in words: attention in TFLOP/s, all others in GB/s, after a fixed time."""
+        words = []
+        for name, rate in self._rates().items():
+            is_attention = name in ("forward", "backward")
+            unit, label = (1e12, "TFLOP/s") if is_attention else (1e9, "GB/s")
+            words.append(
+                f"{name} {rate.per_second / unit:.3g} {label} after {rate.seconds * 1e6:.0f} us"
+            )
+        return ", ".join(words)
+
+
+def load_machine(values: Mapping[str, Any]) -> Machine:
+    """The machine of `Machine.dump`'s numbers; ValueError where it is not one."""
+    try:
+        rates = {name: Rate(*rate) for name, rate in values.items() if name != "near_ranks"}
+        return Machine(**rates, near_ranks=int(values["near_ranks"]))
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"machine: not what a trainer measured: {error}") from error
+
+
+def read_machine(path: Path) -> Machine:
+    """The machine that a trainer measured and left in its run folder.
+
+    Raises:
+        ValueError: the file is missing or not of that form.
+    """
+    if not path.is_file():
+        raise ValueError(f"rates: {path} is not a file; a trainer leaves {RATES_NAME} in run.dir")
+    try:
+        return load_machine(json.loads(path.read_text("utf-8"))["machine"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"rates: {path} is not what a trainer measured: {error}") from error
+
+
+def _h100(link: Rate, near: Rate, near_ranks: int) -> Machine:
+    """FlashAttention-3 in bf16 on rows of 32K tokens with document masks, as published.
+
+    Not published are the times to start a kernel and the speed of copies (half of what the memory
+    is sold as, 3.35 TB/s: each byte is read and written).
+    """
+    links = dict.fromkeys(("message", "gather", "scatter", "trade"), link)
+    return Machine(
+        forward=Rate(10e-6, 584e12),
+        backward=Rate(20e-6, 425e12),
+        copy=Rate(0, 1.6e12),
+        near_trade=near,
+        near_ranks=near_ranks,
+        **links,
+    )
+
+
+# Transfers between two GPUs are reported to reach 370 GB/s over NVLink and 45 GB/s over one 400
+# Gb/s InfiniBand port each.
+_NVLINK, _INFINIBAND = Rate(5e-6, 370e9), Rate(20e-6, 45e9)
+
+# H100s by what joins the context ranks: NVLink all of them, or InfiniBand nodes of eight.
+LINKS = {"nvlink": _h100(_NVLINK, _NVLINK, 1), "infiniband": _h100(_INFINIBAND, _NVLINK, 8)}

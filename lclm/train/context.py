@@ -1,0 +1,129 @@
+"""How the context ranks of a run work together: what their machine does, and what follows."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from lclm.config import Config
+from lclm.context.attend import ContextParallel
+from lclm.context.choice import compare_comms
+from lclm.context.comm import Comm
+from lclm.context.cost import CostModel
+from lclm.context.machine import LINKS, RATES_NAME, Machine, load_machine
+from lclm.context.measure import measure_machine
+from lclm.mesh import Mesh, split_context
+
+logger = logging.getLogger(__name__)
+
+NUM_ROWS_COMPARED = 8
+
+
+def spread_rows(num_rows: int) -> list[int]:
+    """Numbers of some rows of a stage, from its first to its last, by which "auto" decides."""
+    return np.linspace(0, num_rows - 1, min(NUM_ROWS_COMPARED, num_rows)).astype(int).tolist()
+
+
+def attention_cost(config: Config, mesh: Mesh, machine: Machine) -> CostModel:
+    """A layer's attention on one rank."""
+    model, parallel = config.model, config.parallel
+    is_recomputed = config.train.recompute == "full"
+    return CostModel(
+        machine=machine,
+        num_heads=model.num_attention_heads // parallel.tp,
+        num_kv_heads=model.num_kv_heads // parallel.tp,
+        head_dim=model.head_size,
+        number_bytes=mesh.dtype.itemsize,
+        kept_layers=1 if is_recomputed else model.num_layers // parallel.pp,
+        is_recomputed=is_recomputed,
+    )
+
+
+def find_machine(config: Config, mesh: Mesh) -> Machine:
+    """What this run's ranks do, equal on all of them: as the run folder says, or measured now.
+
+    What is measured stays in the run folder, so that a run that goes on in the same layout deals
+    out its rows as before, bit for bit. In another layout or another folder the rates, and so plans
+    and ways, may differ, which changes sums by rounding only. Nothing is measured where nothing is
+    "auto".
+    """
+    parallel = config.parallel
+    if mesh.cp_size == 1 or "auto" not in (parallel.cp_layout, parallel.cp_comm):
+        return LINKS["nvlink"]
+    path, made_for = Path(config.run.dir) / RATES_NAME, _describe(config, mesh)
+    known = [_read(path, made_for) if mesh.rank == 0 else None]
+    dist.broadcast_object_list(known)
+    if known[0] is not None:
+        machine = load_machine(known[0])
+        logger.info("context rates of %s: %s", path, machine.summary())
+        return machine
+    cost = attention_cost(config, mesh, LINKS["nvlink"])
+    machine = measure_machine(cost, mesh.cp_group, mesh.device, mesh.dtype)
+    logger.info("context rates, measured: %s", machine.summary())
+    if mesh.rank == 0:
+        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        record = {"made_for": made_for, "machine": machine.dump()}
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="ascii")
+        os.replace(temporary, path)
+    return machine
+
+
+def build_context(
+    config: Config, mesh: Mesh, machine: Machine, rows: Sequence[np.ndarray]
+) -> ContextParallel:
+    """How rows are dealt out, and how queries meet keys: as configured, or chosen for some rows.
+
+    All processes of the world must call it at the same time: it may make groups.
+
+    Args:
+        rows: document lengths, equal on all ranks; looked at only where `parallel.cp_comm` is
+            "auto", and then at least one.
+    """
+    parallel = config.parallel
+    cost = attention_cost(config, mesh, machine)
+    shared = {"ulysses": mesh.cp_size, "ulysses_ring": parallel.cp_ulysses}
+    comm = Comm(parallel.cp_comm, shared.get(parallel.cp_comm, 1))
+    if mesh.cp_size > 1 and comm.name == "auto":
+        found = compare_comms(parallel.cp_layout, rows, mesh.cp_size, cost)
+        comm = min(found, key=lambda comm: found[comm])
+        times = ", ".join(f"{way} {1e3 * seconds:.3g}" for way, seconds in found.items())
+        logger.info(
+            "cp_comm auto: %s, by predicted ms of a layer's attention (%d rows, forward and "
+            "backward): %s",
+            comm,
+            len(rows),
+            times,
+        )
+    heads = ring = None
+    if comm.name == "ulysses_ring":
+        heads, ring = split_context(mesh.cp_group, comm.shared)
+    return ContextParallel(parallel.cp_layout, comm, cost, mesh.cp_group, mesh.device, heads, ring)
+
+
+def _describe(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """What the rates depend on."""
+    model, parallel = config.model, config.parallel
+    is_cuda = mesh.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(mesh.device) if is_cuda else "cpu",
+        "world_size": mesh.world_size,
+        **parallel.model_dump(include={"tp", "pp", "cp"}),
+        "heads": [model.num_attention_heads, model.num_kv_heads, model.head_size],
+        "dtype": str(mesh.dtype),
+    }
+
+
+def _read(path: Path, made_for: dict[str, Any]) -> dict[str, Any] | None:
+    """The machine in a file, if it was measured for this."""
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text("ascii"))
+    return record["machine"] if record["made_for"] == made_for else None

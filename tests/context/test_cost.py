@@ -1,0 +1,142 @@
+"""What ways of the keys are predicted to take: counted by hand, and which one is chosen."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lclm.context.choice import compare_comms
+from lclm.context.comm import GATHER, RING, Comm, candidate_comms, predict_seconds
+from lclm.context.cost import CostModel, predict
+from lclm.context.machine import LINKS, Machine, Rate, load_machine, read_machine
+from lclm.context.plan import contiguous_plan, zigzag_plan
+
+# One pair of a head takes one second, forward and backward; a byte takes one second on a link.
+SLOW = Machine(
+    forward=Rate(0, 4),
+    backward=Rate(0, 10),
+    copy=Rate(0, 8),
+    message=Rate(0.5, 1),
+    gather=Rate(1, 1),
+    scatter=Rate(2, 1),
+    trade=Rate(3, 1),
+    near_trade=Rate(3, 2),
+    near_ranks=2,
+)
+ONE_HEAD = CostModel(SLOW, num_heads=1, num_kv_heads=1, head_dim=1)
+TWO_HEADS = replace(ONE_HEAD, num_heads=2)
+
+
+def test_ring_counted_by_hand() -> None:
+    """Two ranks, one document of 8: rank 0 holds 0..3, rank 1 holds 4..7 and needs 0..3."""
+    result = predict(contiguous_plan([8], 2), ONE_HEAD)
+    assert result.area.tolist() == [10, 26]
+    # 4 tokens: 4 bytes of K and V each, twice, and 8 bytes of gradients back
+    assert result.received_bytes.tolist() == [4 * 8, 4 * 4 * 2]
+    assert result.sent_bytes.tolist() == [4 * 4 * 2, 4 * 8]
+    # rank 0 adds 32 bytes of gradients
+    assert result.compute_seconds.tolist() == [20.0 + 4.0, 52.0]
+    # transfers of 16 bytes forward and 32 backward, each under 10 seconds of work on own keys, each
+    # after rank 0 has packed 16 bytes
+    assert result.exposed_seconds.tolist() == [6.5 + 2 + 22.5 + 2, 6.5 + 22.5]
+    assert result.seconds == 81.0
+    assert result.area_imbalance == pytest.approx(26 / 18)
+
+
+def test_gather_counted_by_hand() -> None:
+    plan = contiguous_plan([8], 2)
+    # 4 tokens of 4 bytes come, 8 are copied; 4 tokens of 8 bytes are reduced; two copies of all
+    forward, backward = 1 + 16 + 4 + 26, 2 * 8 * (4 + 8) / 8 + 2 + 32 + 26
+    assert predict_seconds(plan, ONE_HEAD, GATHER) == forward + backward
+    again = replace(ONE_HEAD, is_recomputed=True)
+    assert predict_seconds(plan, again, GATHER) == 2 * forward + backward
+
+
+def test_ulysses_counted_by_hand() -> None:
+    """Both ranks do all 36 pairs of one of two heads; the kv head is repeated."""
+    plan, comm = contiguous_plan([8], 2), Comm("ulysses", 2)
+    # bytes per token: q, out, dout and dq 4 each, K and V 8; dK and dV of the copies 16 in fp32
+    sizes = [4 + 8, 4, 4, 4 + 16]
+    traded = sum(3 + 4 * size / 2 / 2 + 2 * 4 * size / 8 for size in sizes)
+    assert predict_seconds(plan, TWO_HEADS, comm) == 36 + 36 + traded
+    more = 3 + 4 * 16 / 2 / 2 + 2 * 4 * 16 / 8
+    again = replace(TWO_HEADS, is_recomputed=True)
+    assert predict_seconds(plan, again, comm) == 36 + 36 + traded + more
+    four = replace(TWO_HEADS, num_heads=4)
+    near, far = (
+        replace(four, machine=replace(SLOW, near_ranks=near, near_trade=Rate(0, 1e9)))
+        for near in (4, 2)
+    )
+    plan = contiguous_plan([8], 4)
+    assert predict_seconds(plan, near, Comm("ulysses", 4)) < predict_seconds(
+        plan, far, Comm("ulysses", 4)
+    )
+
+
+def test_ulysses_ring_is_a_ring_of_fewer_ranks_with_fewer_heads() -> None:
+    cost = CostModel(num_heads=8, num_kv_heads=4)
+    free = Rate(0, float("inf"))
+    no_trade = replace(cost, machine=replace(cost.machine, trade=free, copy=free))
+    inner = replace(no_trade, num_heads=4, num_kv_heads=2)
+    plan = zigzag_plan([40, 24], 4)
+    found = predict_seconds(plan, no_trade, Comm("ulysses_ring", 2))
+    assert found == predict(plan.merged(2), inner).seconds
+
+
+def test_ways_that_heads_and_memory_allow() -> None:
+    def names(row_length: int, cp_size: int, **changes: int) -> list[str]:
+        cost = replace(CostModel(num_heads=12, num_kv_heads=4), **changes)
+        return [str(comm) for comm in candidate_comms(row_length, cp_size, cost)]
+
+    assert names(4096, 2) == ["ring", "ulysses", "gather"]
+    assert names(4096, 4) == ["ring", "ulysses_ring(2)", "ulysses", "gather"]
+    assert names(4096, 5) == ["ring", "gather"]
+    assert names(4096, 8) == ["ring", "ulysses_ring(2)", "ulysses_ring(4)", "gather"]
+    # 512K tokens of 2 KiB are as much as may be gathered, but not for two layers
+    assert names(1 << 19, 5) == ["ring", "gather"]
+    assert names(1 << 19, 5, kept_layers=2) == ["ring"]
+
+
+def test_the_machine_decides() -> None:
+    """NVLink hides a ring; between nodes neighbours share heads; a slow start of attention calls
+    for few calls."""
+    rows = [np.array([60000, 4000, 1536]), np.array([65536])]
+    cost = CostModel(is_recomputed=True)
+    slow_start = replace(cost.machine, forward=Rate(1, 584e12), backward=Rate(1, 425e12))
+    best = {}
+    for name, machine in {**LINKS, "slow start": slow_start}.items():
+        found = compare_comms("auto", rows, 16, replace(cost, machine=machine))
+        assert next(iter(found)) == RING and len(found) == 6
+        best[name] = str(min(found, key=lambda comm: found[comm]))
+        assert found == compare_comms("auto", rows, 16, replace(cost, machine=machine))
+    assert best == {
+        "nvlink": "ring",
+        "infiniband": "ulysses_ring(8)",
+        "slow start": "ulysses",
+    }
+
+
+def test_a_machine_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "rates.json"
+    path.write_text(json.dumps({"made_for": {}, "machine": SLOW.dump()}))
+    assert read_machine(path) == SLOW
+    assert "message 1e-09 GB/s after 500000 us" in SLOW.summary()
+    for broken in ({}, {"machine": {}}, {"machine": {**SLOW.dump(), "copy": 3}}, []):
+        path.write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match="is not what a trainer measured"):
+            read_machine(path)
+    with pytest.raises(ValueError, match="is not a file"):
+        read_machine(tmp_path / "absent.json")
+
+
+def test_rates_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"copy is .* must be positive"):
+        load_machine({**SLOW.dump(), "copy": [0, 0]})
+    with pytest.raises(ValueError, match="near_ranks is 0"):
+        replace(SLOW, near_ranks=0)
+    with pytest.raises(ValueError, match="head_dim is 0"):
+        CostModel(head_dim=0)
