@@ -1,298 +1,46 @@
-"""Time the operators on CPU, one thread, fp32, forward and backward.
+"""Time every operator: on an NVIDIA GPU beside its peers, without one on the CPU beside PyTorch.
 
-    OMP_NUM_THREADS=1 python benchmarks/kernels.py [--quick]
+    python benchmarks/kernels.py [--quick] [--op NAME ...]
 
-Prints tables and appends one JSON object to benchmarks/results/kernels_cpu.jsonl. Times are CPU
-seconds of the process, the least of several runs: on a busy machine they vary less than those of
-the clock. What is compared ran in this process, alternating. Every operator is first checked
-against fp64; if one is wrong nothing is timed and the exit code is 1.
+On a GPU (`kernels_gpu/`): Llama-3-8B and 70B shapes in bf16, rows of 8K to 128K tokens, forward and
+backward apart, medians of interleaved runs, as shares of what this GPU reaches in the same run in a
+large matrix product and a large copy. Every peer that is installed runs beside ours; one that is
+missing, fails or gives wrong numbers is named with the reason. About seven minutes on an H200,
+with --quick about two and a half. A line per problem goes to results/kernels_gpu.jsonl as soon as
+it is done.
+
+On a CPU (`kernels_cpu.py`): one thread, fp32, CPU seconds. About five minutes; one JSON object goes
+to results/kernels_cpu.jsonl.
+
+Every operator is first checked against its formula. Exit code 1 if one of ours is wrong, which then
+is not timed.
 """
 
 import argparse
-import json
-import platform
+import shlex
 import sys
-import time
-from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from torch.nn import functional
+from kernels_cpu import run as run_on_cpu
+from kernels_gpu.run import run as run_on_gpu
+from kernels_gpu.shapes import OPS
 
-from lclm_kernels.adamw import AdamW
-from lclm_kernels.interval_attention import IntervalPlan, interval_attention, make_plan
-from lclm_kernels.linear_cross_entropy import linear_cross_entropy
-from lclm_kernels.rms_norm import rms_norm
-from lclm_kernels.rope import apply_rope, build_rope_table
-from lclm_kernels.swiglu import swiglu
-
-RESULTS = Path(__file__).resolve().parent / "results" / "kernels_cpu.jsonl"
-NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 4, 2, 64
-SCALE = HEAD_DIM**-0.5
-# Largest relative error (of the Frobenius norm) of fp32 against fp64; measured about 3e-7.
-MAX_ERROR = 1e-5
-
-Call = Callable[[], Any]
-
-
-def ragged_lengths(num_tokens: int, seed: int = 0) -> list[int]:
-    """Document lengths that fill a row: lognormal, median 403 tokens, mean about 830."""
-    rng = np.random.default_rng(seed)
-    lengths: list[int] = []
-    while (left := num_tokens - sum(lengths)) > 0:
-        lengths.append(min(left, max(1, int(rng.lognormal(6.0, 1.2)))))
-    return lengths
-
-
-def document_plan(lengths: list[int]) -> IntervalPlan:
-    """The causal mask of packed documents."""
-    ends = np.cumsum([0, *lengths])
-    lo = np.repeat(ends[:-1], lengths).astype(np.int32)
-    return make_plan(lo, np.arange(1, len(lo) + 1, dtype=np.int32), len(lo))
-
-
-def attention_inputs(num_tokens: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    """q, k, v that want gradients, and the gradient of the output."""
-    heads = (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS, NUM_HEADS)
-    x = [torch.randn(num_tokens, n, HEAD_DIM, dtype=dtype) for n in heads]
-    return [*(tensor.requires_grad_() for tensor in x[:3]), x[3]]
-
-
-def dense_mask(plan: IntervalPlan) -> torch.Tensor:
-    """The plan's mask, bool [T, S]."""
-    keys = torch.arange(plan.num_keys)
-    return (keys >= plan.lo[:, None]) & (keys < plan.hi[:, None])
-
-
-def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> Any:
-    """PyTorch's attention with a dense mask, [T, N, H]."""
-    heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
-    out = functional.scaled_dot_product_attention(
-        *heads_first, attn_mask=mask[None, None], scale=SCALE, enable_gqa=True
-    )
-    return out[0].transpose(0, 1)
-
-
-def run_attention(inputs: list[torch.Tensor], attend: Callable[..., torch.Tensor]) -> Call:
-    """A call of forward and backward."""
-
-    def run() -> list[torch.Tensor]:
-        out = attend(*inputs[:3])
-        return [out, *torch.autograd.grad(out, inputs[:3], inputs[3])]
-
-    return run
-
-
-def time_calls(calls: dict[str, Call], repeats: int) -> dict[str, float]:
-    """Least CPU seconds of each call, after one run unmeasured; the calls alternate."""
-    best = dict.fromkeys(calls, float("inf"))
-    for repeat in range(repeats + 1):
-        for name, call in calls.items():
-            start = time.process_time()
-            call()
-            spent = time.process_time() - start
-            if repeat:
-                best[name] = min(best[name], spent)
-    return best
-
-
-def attention_cases(quick: bool) -> list[tuple[str, list[int], int]]:
-    """(name, document lengths, repeats)."""
-    sizes = (2048, 4096, 8192) if quick else (2048, 4096, 8192, 16384, 32768)
-    cases = [(f"one document of {n}", [n], max(1, 3 * 8192 // n)) for n in sizes]
-    cases += [(f"ragged row of {n}", ragged_lengths(n), max(1, 8 * 8192 // n)) for n in sizes]
-    return [*cases, ("2048 documents of 4", [4] * 2048, 5), ("8192 documents of 1", [1] * 8192, 5)]
-
-
-def bench_attention(quick: bool) -> list[dict[str, Any]]:
-    """Time per visible pair, per query head and head element, for long and for short documents."""
-    rows = []
-    print(f"\ninterval_attention cpu, N {NUM_HEADS}, K {NUM_KV_HEADS}, H {HEAD_DIM}, fwd + bwd")
-    print(f"{'mask':<28}{'documents':>10}{'pairs':>13}{'ms':>10}{'ps/pair/N/H':>13}{'plan ms':>9}")
-    for name, lengths, repeats in attention_cases(quick):
-        start = time.process_time()
-        plan = document_plan(lengths)
-        plan_s = time.process_time() - start
-        inputs = attention_inputs(plan.num_queries)
-        call = run_attention(inputs, lambda q, k, v, p=plan: interval_attention(q, k, v, p, SCALE))
-        spent = time_calls({"cpu": call}, repeats)["cpu"]
-        per_pair = 1e12 * spent / (plan.num_pairs * NUM_HEADS * HEAD_DIM)
-        rows.append(
-            {
-                "mask": name,
-                "documents": len(lengths),
-                "pairs": plan.num_pairs,
-                "ms": 1e3 * spent,
-                "ps_per_pair_head_element": per_pair,
-                "plan_ms": 1e3 * plan_s,
-            }
-        )
-        print(
-            f"{name:<28}{len(lengths):>10}{plan.num_pairs:>13}{1e3 * spent:>10.1f}"
-            f"{per_pair:>13.1f}{1e3 * plan_s:>9.1f}",
-            flush=True,
-        )
-    return rows
-
-
-def bench_against_torch() -> list[dict[str, Any]]:
-    """Each operator against the same in plain PyTorch."""
-    rows = []
-    print(f"\n{'operator, fp32, fwd + bwd':<54}{'ours ms':>10}{'torch ms':>10}{'ratio':>8}")
-    for name, ours, of_torch, repeats in comparison_cases():
-        spent = time_calls({"ours": ours, "torch": of_torch}, repeats)
-        ratio = spent["torch"] / spent["ours"]
-        rows.append({"operator": name, "ours_ms": 1e3 * spent["ours"], "ratio": ratio})
-        rows[-1]["torch_ms"] = 1e3 * spent["torch"]
-        print(
-            f"{name:<54}{1e3 * spent['ours']:>10.1f}{1e3 * spent['torch']:>10.1f}{ratio:>8.2f}",
-            flush=True,
-        )
-    return rows
-
-
-def with_gradients(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> Call:
-    """A call of function's forward and backward for the inputs that want gradients."""
-    wanted = [x for x in inputs if x.requires_grad]
-
-    def run() -> list[torch.Tensor]:
-        out = function(*inputs)
-        return [out, *torch.autograd.grad(out, wanted, torch.ones_like(out))]
-
-    return run
-
-
-def comparison_cases() -> list[tuple[str, Call, Call, int]]:
-    """(name, ours, torch's, repeats)."""
-    plan = document_plan(ragged_lengths(8192))
-    mask, inputs = dense_mask(plan), attention_inputs(8192)
-    attention = (
-        "interval_attention, ragged row of 8192; dense mask",
-        run_attention(inputs, lambda q, k, v: interval_attention(q, k, v, plan, SCALE)),
-        run_attention(inputs, lambda q, k, v: dense_attention(q, k, v, mask)),
-        2,
-    )
-    x, weight = torch.randn(4096, 512, requires_grad=True), torch.ones(512, requires_grad=True)
-    norm = (
-        "rms_norm, [4096, 512]",
-        with_gradients(lambda x, w: rms_norm(x, w, 1e-5), x, weight),
-        with_gradients(lambda x, w: functional.rms_norm(x, (512,), w, 1e-5), x, weight),
-        20,
-    )
-    gates = torch.randn(4096, 2048, requires_grad=True)
-    gated = (
-        "swiglu, [4096, 2 * 1024]",
-        with_gradients(swiglu, gates),
-        with_gradients(lambda x: functional.silu(x[..., :1024]) * x[..., 1024:], gates),
-        20,
-    )
-    heads = torch.randn(4096, 8, 64, requires_grad=True)
-    cos, sin = build_rope_table(torch.arange(4096), 64, 5e5)
-    wide_cos, wide_sin = (torch.cat([table, table], dim=-1)[:, None] for table in (cos, sin))
-    rotated = (
-        "rope, [4096, 8, 64]",
-        with_gradients(lambda x: apply_rope(x, cos, sin), heads),
-        with_gradients(lambda x: x * wide_cos + rotate_half(x) * wide_sin, heads),
-        20,
-    )
-    hidden = torch.randn(4096, 256, requires_grad=True)
-    table = (0.02 * torch.randn(16384, 256)).requires_grad_()
-    labels = torch.randint(0, 16384, (4096,))
-    loss = (
-        "linear_cross_entropy, [4096, 256], vocabulary 16384",
-        with_gradients(lambda h, w: linear_cross_entropy(h, w, labels)[0], hidden, table),
-        with_gradients(
-            lambda h, w: functional.cross_entropy(h @ w.t(), labels, reduction="sum"), hidden, table
-        ),
-        3,
-    )
-    return [attention, norm, gated, rotated, loss, adamw_case()]
-
-
-def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    """(first, second) -> (-second, first), the usual way of writing RoPE."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([-second, first], dim=-1)
-
-
-def adamw_case() -> tuple[str, Call, Call, int]:
-    """A step on 100 parameters of 64K elements."""
-    steps = []
-    for make in (AdamW, torch.optim.AdamW):
-        params = [torch.nn.Parameter(torch.randn(65536)) for _ in range(100)]
-        for param in params:
-            param.grad = torch.randn_like(param)
-        steps.append(make(params, lr=1e-3).step)
-    return ("adamw, 100 x 65536 (step)", steps[0], steps[1], 20)
-
-
-def relative_error(actual: torch.Tensor, truth: torch.Tensor) -> float:
-    """Relative error of the Frobenius norm."""
-    return ((actual.double() - truth).norm() / truth.norm()).item()
-
-
-def find_errors() -> list[str]:
-    """What is wrong with the operators against fp64 by definition; empty if nothing."""
-    errors = []
-    plan = document_plan([4] * 20 + ragged_lengths(700))
-    inputs, mask = attention_inputs(780), dense_mask(plan)
-    wide = [x.detach().double().requires_grad_() for x in inputs]
-    truth = run_attention(wide, lambda q, k, v: dense_attention(q, k, v, mask))()
-    ours = run_attention(inputs, lambda q, k, v: interval_attention(q, k, v, plan, SCALE))()
-    for name, actual, exact in zip(("out", "dq", "dk", "dv"), ours, truth):
-        if not relative_error(actual, exact) <= MAX_ERROR:
-            errors.append(f"interval_attention {name}")
-    for name, our_call, torch_call, _ in comparison_cases()[1:-1]:  # cheap, and plain fp32
-        for actual, exact in zip(our_call(), torch_call()):
-            if not relative_error(actual.detach(), exact.detach().double()) <= MAX_ERROR:
-                errors.append(name)
-    return errors
-
-
-def describe_machine() -> dict[str, Any]:
-    """What a reader needs to judge the numbers."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0].split(":", 1)[1].strip() if names else model
-    return {
-        "cpu": model,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def main() -> int:
-    """Check, time, print, append."""
-    parser = argparse.ArgumentParser(description="Time the operators on CPU.")
-    parser.add_argument("--quick", action="store_true", help="rows of at most 8192 tokens")
+    """Parse the arguments and run where there is a GPU, else on the CPU."""
+    parser = argparse.ArgumentParser(description="Time the operators, on a GPU if there is one.")
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter rows")
+    parser.add_argument("--op", nargs="+", choices=OPS, default=OPS, help="only these operators")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    errors = find_errors()
-    if errors:
-        print(f"error: wrong results, nothing timed: {'; '.join(errors)}", file=sys.stderr)
-        return 1
-    record = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": describe_machine(),
-        "clock": "CPU seconds of the process, least of several runs",
-        "against_torch": bench_against_torch(),
-        "interval_attention": bench_attention(arguments.quick),
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a", encoding="ascii") as file:
-        file.write(json.dumps(record) + "\n")
-    print(f"\nappended to {RESULTS}")
-    return 0
+    command = shlex.join(["python", *sys.argv])
+    if torch.cuda.is_available():
+        size = "quick" if arguments.quick else "full"
+        results = RESULTS / "kernels_gpu.jsonl"
+        return run_on_gpu(arguments.op, size, "cuda", results, command)
+    return run_on_cpu(arguments.op, arguments.quick, RESULTS / "kernels_cpu.jsonl", command)
 
 
 if __name__ == "__main__":
