@@ -80,7 +80,7 @@ def retokenize(
             "sources": [{"path": source, "documents": num_documents}],
             "options": {"append_eod": append_eod, "prepend_bos": prepend_bos},
         }
-        if isinstance(reader, IndexedReader) and reader.metadata.get("is_chat"):
+        if _is_chat(reader):
             writer.metadata["is_chat"] = True
     return num_documents, num_tokens
 
@@ -96,6 +96,13 @@ def _open(source: str, old: Tokenizer) -> MdsReader | IndexedReader:
             f"and {old.sha256[:12]}); give the one that wrote it"
         )
     return reader
+
+
+def _is_chat(reader: MdsReader | IndexedReader) -> bool:
+    """Whether documents are conversations; ProLong's shards have masks for those and no others."""
+    if isinstance(reader, MdsReader):
+        return reader.has_mask
+    return bool(reader.metadata.get("is_chat"))
 
 
 def _weight_values(reader: MdsReader | IndexedReader) -> tuple[float, ...]:

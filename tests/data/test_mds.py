@@ -104,6 +104,22 @@ def test_spans_and_masks_reach_the_rows(tmp_path):
         IndexedReader(prefix)
 
 
+def test_conversations_stay_whole_in_best_fit(tmp_path, write_prefix):
+    """Shards with masks hold conversations, also once their prefix is written anew."""
+    first, second, plain = (str(tmp_path / name) for name in ("chat", "again", "plain"))
+    retokenize(str(SHARDS / "chat"), first, Wide())
+    retokenize(first, second, Wide())
+    retokenize(str(SHARDS / "packed"), plain, Wide())
+    for prefix in (first, second):
+        # conversations of 5, 7, 4, 16, 1, 9 and 4 tokens: the one of 16 fits no row of 12
+        rows = StageRows([MixtureEntry(prefix, "best-fit", 0, 1.0)], 12, 3, 1)
+        pieces = sorted(n for r in map(rows.row, range(3)) for n in r.doc_lengths[:-1].tolist())
+        assert "1 conversations longer than a row left out" in rows.summary()
+        assert all(n in (5, 7, 4, 1, 9) for n in pieces) and len(pieces) >= 3
+    rows = StageRows([MixtureEntry(plain, "best-fit", 0, 1.0)], 12, 3, 1)
+    assert "longer than a row left out" not in rows.summary()
+
+
 def test_one_tokenizer_to_another(tmp_path, tokenizer_files):
     old, new = (load_tokenizer(tokenizer_files[kind]) for kind in ("tiktoken", "hf"))
     texts = ["hello world", "caf\u00e9 \u4e2d", "", "the cat"]
