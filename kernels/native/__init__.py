@@ -1,6 +1,7 @@
-"""Row packing and mixture assignment in C++ (C ABI, opened by ctypes), with a NumPy twin."""
+"""Row packing, mixtures and JSON lines in C++ (C ABI, opened by ctypes), with twins in Python."""
 
 from lclm_kernels.native.best_fit import BestFitRows, pack_best_fit, seeded_order
+from lclm_kernels.native.json_lines import json_texts
 from lclm_kernels.native.ops import (
     ConcatRows,
     ExactPieces,
@@ -15,6 +16,7 @@ __all__ = [
     "ConcatRows",
     "ExactPieces",
     "assign_rows",
+    "json_texts",
     "load_native",
     "pack_best_fit",
     "pack_concat",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lclm.data.readers import PARQUET, Problem, Unit, import_optional
+from lclm_kernels.native import json_texts
 
 try:
     import orjson
@@ -33,7 +34,8 @@ def read_unit(unit: Unit, keys: Sequence[str]) -> Iterator[tuple[str, ...] | Pro
 def read_records(unit: Unit) -> Iterator[dict[str, Any] | Problem | None]:
     """The objects of a unit of JSON lines, as `read_unit` gives texts."""
     assert unit.path is not None, "a unit of lines"
-    for number, line in enumerate(_lines_of(unit, unit.path), start=1):
+    lines = _bytes_of(unit, unit.path).removesuffix(b"\n").split(b"\n")
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             yield None
             continue
@@ -43,26 +45,30 @@ def read_records(unit: Unit) -> Iterator[dict[str, Any] | Problem | None]:
             yield Problem(unit.path, number, str(error))
 
 
-def _lines_of(unit: Unit, path: Path) -> list[bytes]:
-    lines = unit.lines
-    if lines is None:
-        with open(path, "rb") as file:
-            file.seek(unit.start)
-            lines = file.read(unit.end - unit.start)
-    return lines.removesuffix(b"\n").split(b"\n")
+def _bytes_of(unit: Unit, path: Path) -> bytes:
+    if unit.lines is not None:
+        return unit.lines
+    with open(path, "rb") as file:
+        file.seek(unit.start)
+        return file.read(unit.end - unit.start)
 
 
 def _read_lines(
     unit: Unit, path: Path, keys: Sequence[str]
 ) -> Iterator[tuple[str, ...] | Problem | None]:
-    for number, line in enumerate(_lines_of(unit, path), start=1):
-        if not line.strip():
+    data = _bytes_of(unit, path)
+    columns = [json_texts(data, key) for key in keys]
+    for number, texts in enumerate(zip(*columns), start=1):
+        if all(type(text) is str for text in texts):
+            yield texts
+        elif texts[0] is None:
             yield None
-            continue
-        try:
-            yield _texts_of_line(line, keys)
-        except ValueError as error:
-            yield Problem(path, number, str(error))
+        else:
+            place = next(text for text in texts if isinstance(text, slice))
+            try:
+                yield _texts_of_line(data[place], keys)
+            except ValueError as error:
+                yield Problem(path, number, str(error))
 
 
 def _texts_of_line(line: bytes, keys: Sequence[str]) -> tuple[str, ...]:

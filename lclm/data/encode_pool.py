@@ -109,5 +109,5 @@ def _encode(number: int, unit: Unit, folder: str) -> Encoded:
         starts = _places.take(number, sizes)  # also after an error: others wait for their turn
     for key, start in enumerate(starts):
         write_tokens(folder, key, start, done.tokens[key])
-        done.tokens[key] = []
+        done.tokens[key] = done.tokens[key][:0]
     return done

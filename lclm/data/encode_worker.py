@@ -14,7 +14,7 @@ from lclm.data.readers import Problem, Unit
 
 __all__ = ["EncodeOptions", "Encoded", "Worker", "WorkerState"]
 
-BATCH_CHARS = 1 << 20  # characters handed to the tokenizer at once, unless one text is longer
+BATCH_CHARS = 1 << 18  # characters handed to the tokenizer at once, unless one text is longer
 BATCH_TEXTS = 1024
 FIRST_ROOM = 1 << 20  # tokens
 
@@ -127,7 +127,8 @@ class Worker:
             else:
                 whole = size + stop
                 if end + whole > len(room):
-                    room = np.resize(room, max(end + whole, 2 * len(room)))
+                    room = np.empty(max(end + whole, 2 * len(room)), self._dtype)
+                    room[:end] = self._rooms[key][:end]
                     self._rooms[key] = room
                 room[end : end + start] = before
                 room[end + start : end + start + size] = ids

@@ -12,7 +12,6 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -151,10 +150,9 @@ class Unfinished:
         shutil.rmtree(self.folder)
 
 
-def write_tokens(folder: str, key: int, start: int, tokens: Sequence[np.ndarray]) -> None:
-    """Write arrays one after another into the file of tokens of a key, from byte `start` on."""
-    if tokens:
+def write_tokens(folder: str, key: int, start: int, tokens: np.ndarray) -> None:
+    """Write tokens into the file of a key, from byte `start` on."""
+    if len(tokens):
         with open(os.path.join(folder, f"tokens-{key}"), "r+b") as file:
             file.seek(start)
-            for array in tokens:
-                file.write(array.data)
+            file.write(tokens.data)
