@@ -239,9 +239,10 @@ def hold_contest(
             return outcome
         else:
             outcome.absent[peer.name] = "; ".join(wrong)
+            torch.cuda.empty_cache()
         del run, results
-        _free()
     ours.clear()
+    _free()
     _time_in_turns(runs, outcome, measure, announce)
     return outcome
 
@@ -276,8 +277,13 @@ def _time_in_turns(
                 spent = _time_round(runs[name], measure)
             except Exception as error:  # as above
                 _check_device()
-                outcome.absent[name] = f"failed when timed: {describe(error)}"
+                reason = f"failed when timed: {describe(error)}"
+                if name.startswith(OURS):
+                    outcome.errors.append(f"{name}: {reason}")
+                else:
+                    outcome.absent[name] = reason
                 del runs[name], times[name]
+                _free()
                 continue
             for phase, milliseconds in spent.items():
                 if turn:

@@ -5,6 +5,7 @@ that was at work is left out of the operator's other contests, with the reason. 
 problem is given up and counts as wrong.
 """
 
+import contextlib
 import json
 import os
 import queue
@@ -23,6 +24,7 @@ __all__ = ["WORKER", "run_operator"]
 
 WORKER = (sys.executable, "-m", "kernels_gpu.worker")
 MAX_SILENCE_S = 180.0  # longest wait for one peer to compile and run once
+EXIT_S = 30.0  # for a worker that has answered all to end
 MAX_WORKERS = 12
 _FOLDER = Path(__file__).resolve().parent.parent
 
@@ -104,18 +106,21 @@ def _run_worker(
         )
         assert process.stdin is not None and process.stdout is not None
         try:
-            with process.stdin as stdin:
-                json.dump(request, stdin)
+            with contextlib.suppress(BrokenPipeError):  # it is gone, as its exit code will say
+                process.stdin.write(json.dumps(request))
+                process.stdin.close()
             if not _forward(process.stdout, handle, max_silence_s):
                 return f"no answer for {max_silence_s:.0f} s"
-            code = process.wait()
+            code = process.wait(timeout=EXIT_S)
+        except subprocess.TimeoutExpired:
+            return "answers no more and does not end"
         finally:
             _end(process)
         return f"{_describe_exit(code)}; {_last_line(log)}"
 
 
 def _forward(stream: IO[str], handle: Handle, max_silence_s: float) -> bool:
-    """Hand on events until the stream ends; False if it was silent for too long."""
+    """Hand on events until the last one; False if there was none for too long."""
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def read() -> None:
@@ -129,9 +134,12 @@ def _forward(stream: IO[str], handle: Handle, max_silence_s: float) -> bool:
             line = lines.get(timeout=max_silence_s)
         except queue.Empty:
             return False
-        if line is None:
+        if line is None or not line.endswith("\n"):  # ended, perhaps in the middle of a line
             return True
-        handle(json.loads(line))
+        event = json.loads(line)
+        handle(event)
+        if event["event"] in ("done", "lost"):  # children of the worker may keep the stream open
+            return True
 
 
 def _end(process: subprocess.Popen) -> None:
