@@ -5,10 +5,15 @@
 Rows are drawn from MagiAttention's published histogram of document lengths and from a mix like
 ProLong's. Strategies are side by side on the same rows. Columns: attention area, max over mean of
 the ranks (mean and worst of the rows); keys received as a share of a full ring's, worst rank and
-mean rank, and the least the worst rank could have with equal tokens; planning time in milliseconds
-of the clock, least of several runs, mean and worst of the rows. Prints tables and appends one JSON
-object to benchmarks/results/context_plan.jsonl. Plans are checked first; if one is wrong nothing is
-timed and the exit code is 1.
+mean rank, and the least the worst rank could have with equal tokens; predicted milliseconds of a
+Llama-3-8B layer's attention as a ring, forward and backward, on H100s joined by NVLink, and in
+InfiniBand nodes of eight; planning time in milliseconds of CPU time, least of several runs, mean
+and worst of the rows. plan_row goes for even area; "fastest" is plan_row with the rates of the
+link, each link its own. "ways" compares what parallel.cp_comm = "auto" chooses from, on both links.
+
+Prints tables and appends one JSON object to benchmarks/results/context_plan.jsonl. Plans are
+checked first; if one is wrong, or "fastest" slower than another, nothing is timed and the exit code
+is 1.
 """
 
 import argparse
@@ -25,9 +30,19 @@ from typing import Any
 
 import numpy as np
 
+from lclm.context.choice import compare_comms
 from lclm.context.cost import CostModel, least_worst_share, predict, traffic_share
 from lclm.context.lengths import LengthHistogram, read_histogram
-from lclm.context.plan import RowPlan, balanced_plan, contiguous_plan, plan_row, zigzag_plan
+from lclm.context.machine import LINKS
+from lclm.context.plan import (
+    RowPlan,
+    balanced_plan,
+    candidate_plans,
+    contiguous_plan,
+    mixed_plan,
+    plan_row,
+    zigzag_plan,
+)
 from lclm_kernels.native.context_plan import assign_chunks
 from lclm_kernels.native.ops import load_native
 
@@ -35,9 +50,11 @@ FOLDER = Path(__file__).resolve().parent
 HISTOGRAM = FOLDER / "data" / "doc_lengths_magi.csv"
 RESULTS = FOLDER / "results" / "context_plan.jsonl"
 K = 1024
-# (row length, longest document, chunk): the settings to reach, then those between and above
+# (row length, longest document, chunk): the settings to reach, then those over all cp sizes
 SETTINGS = ((64 * K, 16 * K, 128), (512 * K, 256 * K, 512))
 SCALING = ((64 * K, 16 * K, 128), (256 * K, 128 * K, 256), (1024 * K, 256 * K, 1024))
+CP_SIZES = (2, 4, 8, 16, 32, 64)
+COSTS = {name: CostModel(machine, is_recomputed=True) for name, machine in LINKS.items()}
 
 Strategy = Callable[[np.ndarray, int, int], RowPlan]
 
@@ -62,18 +79,27 @@ STRATEGIES: dict[str, Strategy] = {
     "zigzag": lambda lengths, cp_size, chunk: zigzag_plan(lengths, cp_size),
     "longest first": longest_first,
     "balanced": balanced_plan,
+    "mixed": mixed_plan,
     "plan_row": plan_row,
 }
 
 
-def prolong_row(histogram: LengthHistogram, rng: np.random.Generator) -> np.ndarray:
-    """A 512K row of ProLong's second stage: one piece, eight of 64K, or short documents."""
+def prolong_row(
+    histogram: LengthHistogram, row_length: int, rng: np.random.Generator
+) -> np.ndarray:
+    """A row as of ProLong's second stage: one piece, eight, or short documents."""
     kind = rng.choice(3, p=[0.2, 0.4, 0.4])
     if kind == 0:
-        return np.array([512 * K])
+        return np.array([row_length])
     if kind == 1:
-        return np.full(8, 64 * K)
-    return histogram.draw_row(rng, 512 * K, 64 * K)
+        return np.full(8, row_length // 8)
+    return histogram.draw_row(rng, row_length, row_length // 8)
+
+
+def prolong_rows(histogram: LengthHistogram, row_length: int, count: int) -> list[np.ndarray]:
+    """The same rows for every strategy."""
+    rng = np.random.default_rng(0)
+    return [prolong_row(histogram, row_length, rng) for _ in range(count)]
 
 
 def draw_rows(
@@ -85,12 +111,12 @@ def draw_rows(
 
 
 def least_milliseconds(call: Callable[[], Any], repeats: int) -> float:
-    """Clock time of the fastest of several runs."""
+    """CPU time of the fastest of several runs."""
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         call()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return 1e3 * min(times)
 
 
@@ -101,12 +127,13 @@ def judge(
     balance, worst, mean, least, layer, planning = [], [], [], [], [], []
     for lengths in rows:
         plan = strategy(lengths, cp_size, chunk)
-        prediction, share = predict(plan, CostModel()), traffic_share(plan)
-        balance.append(prediction.area_imbalance)
+        predictions = [predict(plan, cost) for cost in COSTS.values()]
+        share = traffic_share(plan)
+        balance.append(predictions[0].area_imbalance)
         worst.append(share.max())
         mean.append(share.mean())
         least.append(least_worst_share(plan))
-        layer.append(1e3 * prediction.seconds)
+        layer.append([1e3 * prediction.seconds for prediction in predictions])
         planning.append(least_milliseconds(partial(strategy, lengths, cp_size, chunk), repeats))
     return {
         "area_mean": float(np.mean(balance)),
@@ -114,7 +141,7 @@ def judge(
         "worst_share": float(np.mean(worst)),
         "mean_share": float(np.mean(mean)),
         "least_worst_share": float(np.mean(least)),
-        "layer_ms": float(np.mean(layer)),
+        "layer_ms": dict(zip(COSTS, np.mean(layer, axis=0).tolist())),
         "plan_ms": float(np.mean(planning)),
         "plan_ms_worst": float(np.max(planning)),
     }
@@ -125,13 +152,18 @@ def print_table(title: str, lines: list[dict[str, Any]]) -> None:
     print(f"\n{title}")
     print(
         f"{'cp':>4} {'strategy':<22} {'area':>6} {'worst':>6}   {'share':>6} {'mean':>6} "
-        f"{'least':>6}   {'layer ms':>9}   {'plan ms':>8} {'worst':>8}"
+        f"{'least':>6}   {'NVLink ms':>9} {'IB ms':>9}   {'plan ms':>8} {'worst':>8}"
     )
     for line in lines:
+        start = f"{line['cp']:>4} {line['strategy']:<22} "
+        times = " ".join(f"{ms:9.3f}" for ms in line["layer_ms"].values())
+        if "area_mean" not in line:
+            print(f"{start}{'':36}{times}")
+            continue
         print(
-            f"{line['cp']:>4} {line['strategy']:<22} {line['area_mean']:6.3f} "
+            f"{start}{line['area_mean']:6.3f} "
             f"{line['area_worst']:6.3f}   {line['worst_share']:6.3f} {line['mean_share']:6.3f} "
-            f"{line['least_worst_share']:6.3f}   {line['layer_ms']:9.3f}   {line['plan_ms']:8.2f} "
+            f"{line['least_worst_share']:6.3f}   {times}   {line['plan_ms']:8.2f} "
             f"{line['plan_ms_worst']:8.2f}"
         )
 
@@ -151,8 +183,31 @@ def compare(
                 continue
             figures = judge(strategy, rows, cp_size, chunk, repeats)
             lines.append({"cp": cp_size, "chunk": chunk, "strategy": name, **figures})
+        fastest = {
+            link: 1e3 * float(np.mean([fastest_seconds(row, cp_size, chunk, cost) for row in rows]))
+            for link, cost in COSTS.items()
+        }
+        lines.append({"cp": cp_size, "strategy": "fastest", "layer_ms": fastest})
+        lines += compare_ways(rows[:8], cp_size)
     print_table(title, lines)
     return {"title": title, "rows": len(rows), "lines": lines}
+
+
+def fastest_seconds(lengths: np.ndarray, cp_size: int, chunk: int, cost: CostModel) -> float:
+    """Predicted time of the plan that is chosen by time."""
+    return predict(plan_row(lengths, cp_size, chunk, cost), cost).seconds
+
+
+def compare_ways(rows: list[np.ndarray], cp_size: int) -> list[dict[str, Any]]:
+    """One line per way of the keys, each with its best layout; the fastest of a link is named."""
+    by_link = {link: compare_comms("auto", rows, cp_size, cost) for link, cost in COSTS.items()}
+    lines = []
+    for comm in next(iter(by_link.values())):
+        times = {link: 1e3 * found[comm] for link, found in by_link.items()}
+        best = [link for link, found in by_link.items() if found[comm] == min(found.values())]
+        name = f"way {comm}{' *' * len(best)}"
+        lines.append({"cp": cp_size, "strategy": name, "layer_ms": times, "fastest_on": best})
+    return lines
 
 
 def find_errors(histogram: LengthHistogram) -> list[str]:
@@ -173,6 +228,11 @@ def find_errors(histogram: LengthHistogram) -> list[str]:
                     errors.append(f"{name}: area of rank {rank} of {cp_size}")
                 if plan.received[rank].sum() != seen.sum():
                     errors.append(f"{name}: keys received by rank {rank} of {cp_size}")
+        for cost in COSTS.values():
+            candidates = candidate_plans(lengths, cp_size, 16).values()
+            simple = min(predict(plan, cost).seconds for plan in candidates)
+            if fastest_seconds(lengths, cp_size, 16, cost) > simple:
+                errors.append(f"plan_row is slower than another plan on {cp_size} ranks")
     if load_native() is not None:
         for row_length, longest, chunk in SETTINGS:
             for lengths in draw_rows(histogram, row_length, longest, 2):
@@ -212,16 +272,18 @@ def run(histogram: LengthHistogram, count: int, quick: bool) -> list[dict[str, A
         tables.append(compare(title, rows, [(8, chunk), (32, chunk)], with_twin, 2))
     if quick:
         return tables
-    plain = {name: STRATEGIES[name] for name in ("zigzag", "balanced", "plan_row")}
+    plain = {name: STRATEGIES[name] for name in STRATEGIES if name != "longest first"}
     for row_length, longest, chunk in SCALING:
+        grid = [(cp_size, chunk) for cp_size in CP_SIZES]
         rows = draw_rows(histogram, row_length, longest, count)
         title = f"cp sizes, {row_length // K}K rows, documents up to {longest // K}K"
-        grid = [(cp_size, chunk) for cp_size in (2, 4, 8, 16, 32, 64)]
         tables.append(compare(title, rows, grid, plain))
-    rng = np.random.default_rng(0)
-    rows = [prolong_row(histogram, rng) for _ in range(count)]
-    title = "ProLong-like 512K rows: 20 % one piece, 40 % eight of 64K, 40 % short documents"
-    tables.append(compare(title, rows, [(8, 512), (32, 512)], STRATEGIES))
+        rows = prolong_rows(histogram, row_length, count)
+        title = (
+            f"cp sizes, ProLong-like {row_length // K}K rows: 20 % one piece, 40 % eight, 40 % "
+            "short documents"
+        )
+        tables.append(compare(title, rows, grid, plain))
     return tables
 
 

@@ -2,8 +2,9 @@
 
 The ring of the exchange: at step 0 a rank works on its own keys, at step s on those received from
 rank r - s. The transfer of step s + 1 runs under the work of step s; what it takes longer is
-exposed. The backward fetches the keys again and sends their gradients home one step later. What
-other ways for queries to meet keys take is in `lclm.context.comm`.
+exposed, and so is what the machine cannot do beside attention. The backward fetches the keys again
+and sends their gradients home one step later. What other ways for queries to meet keys take is in
+`lclm.context.comm`.
 """
 
 from dataclasses import dataclass, fields
@@ -88,9 +89,10 @@ def predict(plan: RowPlan, cost: CostModel) -> Prediction:
     forward, backward = cost.forward_seconds(area), cost.backward_seconds(area)
     packed = cost.machine.copy.time(sent * kv)
     message = cost.machine.message
-    exposed = _exposed(forward, packed + message.time(np.maximum(received, sent) * kv))
+    hidden = cost.machine.hidden
+    exposed = _exposed(forward, packed + message.time(np.maximum(received, sent) * kv), hidden)
     incoming, outgoing = received * kv + sent * gradients, sent * kv + received * gradients
-    exposed += _exposed(backward, packed + message.time(np.maximum(incoming, outgoing)))
+    exposed += _exposed(backward, packed + message.time(np.maximum(incoming, outgoing)), hidden)
     added = cost.machine.copy.time(sent * gradients)  # gradients that came home
     return Prediction(
         area=area.sum(axis=1),
@@ -126,6 +128,7 @@ def _by_step(matrix: np.ndarray, is_sender: bool = False) -> np.ndarray:
     return matrix[ranks, (ranks - steps) % len(matrix)]
 
 
-def _exposed(compute: np.ndarray, transfer: np.ndarray) -> np.ndarray:
-    """Seconds each rank waits; both in seconds, [R, steps]."""
-    return np.maximum(0.0, transfer[:, 1:] - compute[:, :-1]).sum(axis=1)
+def _exposed(compute: np.ndarray, transfer: np.ndarray, hidden: float) -> np.ndarray:
+    """Seconds that messages cost each rank; compute and transfer in seconds, [R, steps]."""
+    transfer, compute = transfer[:, 1:], compute[:, :-1]
+    return (transfer - hidden * np.minimum(transfer, compute)).sum(axis=1)

@@ -49,6 +49,9 @@ class Machine:
     """All-to-all among neighbours, at most `near_ranks` of them."""
     near_ranks: int
     """How many context ranks that follow one another share a node."""
+    hidden: float
+    """What attention beside a message saves, of the shorter of both: 1 where they run side by side,
+    0 where one waits for the other, as on processors that do both."""
 
     def __post_init__(self) -> None:
         for name, rate in self._rates().items():
@@ -56,9 +59,12 @@ class Machine:
                 raise ValueError(f"machine: {name} is {rate}; rates must be positive")
         if self.near_ranks < 1:
             raise ValueError(f"machine: near_ranks is {self.near_ranks}; it is at least 1")
+        if not 0 <= self.hidden <= 1:
+            raise ValueError(f"machine: hidden is {self.hidden}; it is from 0 to 1")
 
     def _rates(self) -> dict[str, Rate]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "near_ranks"}
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: value for name, value in values if isinstance(value, Rate)}
 
     def trade_among(self, num_ranks: int) -> Rate:
         """All-to-all among so many neighbours."""
@@ -67,7 +73,7 @@ class Machine:
     def dump(self) -> dict[str, Any]:
         """Plain numbers for JSON; `load_machine` reads them."""
         rates = {name: list(rate) for name, rate in self._rates().items()}
-        return {**rates, "near_ranks": self.near_ranks}
+        return {**rates, "near_ranks": self.near_ranks, "hidden": self.hidden}
 
     def summary(self) -> str:
         """The rates in words: attention in TFLOP/s, all others in GB/s, after a fixed time."""
@@ -78,14 +84,14 @@ class Machine:
             words.append(
                 f"{name} {rate.per_second / unit:.3g} {label} after {rate.seconds * 1e6:.0f} us"
             )
-        return ", ".join(words)
+        return ", ".join([*words, f"{self.hidden:.0%} of a message hidden under attention"])
 
 
 def load_machine(values: Mapping[str, Any]) -> Machine:
     """The machine of `Machine.dump`'s numbers; ValueError where it is not one."""
     try:
-        rates = {name: Rate(*rate) for name, rate in values.items() if name != "near_ranks"}
-        return Machine(**rates, near_ranks=int(values["near_ranks"]))
+        rates = {name: Rate(*value) for name, value in values.items() if isinstance(value, list)}
+        return Machine(**rates, near_ranks=values["near_ranks"], hidden=values["hidden"])
     except (TypeError, KeyError) as error:
         raise ValueError(f"machine: not what a trainer measured: {error}") from error
 
@@ -107,8 +113,8 @@ def read_machine(path: Path) -> Machine:
 def _h100(link: Rate, near: Rate, near_ranks: int) -> Machine:
     """FlashAttention-3 in bf16 on rows of 32K tokens with document masks, as published.
 
-    Not published are the times to start a kernel and the speed of copies (half of what the memory
-    is sold as, 3.35 TB/s: each byte is read and written).
+    Not published are the times to start a kernel, the speed of copies (half of what the memory is
+    sold as, 3.35 TB/s: each byte is read and written), and that messages hide completely.
     """
     links = dict.fromkeys(("message", "gather", "scatter", "trade"), link)
     return Machine(
@@ -117,6 +123,7 @@ def _h100(link: Rate, near: Rate, near_ranks: int) -> Machine:
         copy=Rate(0, 1.6e12),
         near_trade=near,
         near_ranks=near_ranks,
+        hidden=1.0,
         **links,
     )
 

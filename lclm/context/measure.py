@@ -67,18 +67,19 @@ def measure_machine(
         "trade": _measure_link(lambda n: _trade(n, range(size), group, device), device),
         "near_trade": _measure_link(lambda n: _trade(n, neighbours, group, device), device),
     }
-    # the largest fixed time, the smallest rate and the fewest neighbours of all ranks
-    slow = [[rate.seconds, 1 / rate.per_second] for rate in rates.values()] + [[0.0, -near]]
+    hidden = _measure_hidden(cost, group, device, dtype)
+    # the largest fixed time, the smallest rate, the fewest neighbours and least hidden of all ranks
+    slow = [[rate.seconds, 1 / rate.per_second] for rate in rates.values()] + [[-hidden, -near]]
     slowest = torch.tensor(slow, dtype=torch.float64, device=device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    *agreed, (_, most) = slowest.tolist()
+    *agreed, (least_hidden, most) = slowest.tolist()
     found = {
         name: Rate(seconds, 1 / each) for name, (seconds, each) in zip(rates, agreed, strict=True)
     }
     near = round(-most)
     if near == 1:
         found["near_trade"] = found["trade"]
-    return Machine(**found, near_ranks=near)
+    return Machine(**found, near_ranks=near, hidden=abs(least_hidden))
 
 
 def _near_ranks(group: dist.ProcessGroup) -> int:
@@ -133,6 +134,15 @@ def _attention_seconds(
     tokens: int, cost: CostModel, device: torch.device, dtype: torch.dtype
 ) -> tuple[float, float]:
     """Seconds of one forward and of one backward."""
+    ahead, back = _attention(tokens, cost, device, dtype)
+    is_short = tokens == FEW_TOKENS
+    return _least_seconds(ahead, is_short, device), _least_seconds(back, is_short, device)
+
+
+def _attention(
+    tokens: int, cost: CostModel, device: torch.device, dtype: torch.dtype
+) -> tuple[Work, Work]:
+    """One forward and one backward of a document."""
     heads = (cost.num_heads, cost.num_kv_heads, cost.num_kv_heads)
     q, k, v = (torch.ones(tokens, n, cost.head_dim, dtype=dtype, device=device) for n in heads)
     ends = np.arange(1, tokens + 1, dtype=np.int32)
@@ -141,9 +151,30 @@ def _attention_seconds(
     delta = torch.zeros_like(lse)
     dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=device) for x in (q, k, v))
     back = partial(backward, out, q, k, v, out, lse, delta, plan, 1.0, dq, dk, dv)
-    ahead = partial(forward, q, k, v, plan, 1.0)
-    is_short = tokens == FEW_TOKENS
-    return _least_seconds(ahead, is_short, device), _least_seconds(back, is_short, device)
+    return partial(forward, q, k, v, plan, 1.0), back
+
+
+def _measure_hidden(
+    cost: CostModel, group: dist.ProcessGroup, device: torch.device, dtype: torch.dtype
+) -> float:
+    """A message beside attention of about its length, against one after the other."""
+    transfer = _far_transfer(MANY_BYTES[device.type], group, device)
+    tokens = FEW_TOKENS
+    alone = _least_seconds(lambda: _finish(transfer()), False, device)
+    while True:
+        attend, _ = _attention(tokens, cost, device, dtype)
+        attention = _least_seconds(attend, False, device)
+        if attention >= alone or tokens >= MANY_TOKENS:
+            break
+        tokens *= 2
+
+    def both() -> None:
+        started = transfer()
+        attend()
+        _finish(started)
+
+    saved = alone + attention - _least_seconds(both, False, device)
+    return min(1.0, max(0.0, saved / min(alone, attention)))
 
 
 def _measure_copy(cost: CostModel, device: torch.device, dtype: torch.dtype) -> Rate:
@@ -164,12 +195,20 @@ def _measure_link(build: Callable[[int], Work], device: torch.device) -> Rate:
 
 
 def _message(num_bytes: int, group: dist.ProcessGroup, device: torch.device) -> Work:
+    transfer = _far_transfer(num_bytes, group, device)
+    return lambda: _finish(transfer())
+
+
+def _far_transfer(
+    num_bytes: int, group: dist.ProcessGroup, device: torch.device
+) -> Callable[[], Transfer]:
     """To the rank half around the ring: of another node, where the group is on several."""
     half, rank, size = group.size() // 2, group.rank(), group.size()
     sent = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     received = torch.empty_like(sent)
-    messages = Message((rank + half) % size, sent), Message((rank - half) % size, received)
-    return lambda: _transfer(KEYS, group, [messages[0]], [messages[1]])
+    sends = [Message((rank + half) % size, sent)]
+    receives = [Message((rank - half) % size, received)]
+    return lambda: _start(KEYS, group, sends, receives)
 
 
 def _gather(num_bytes: int, group: dist.ProcessGroup, device: torch.device) -> Work:
@@ -194,13 +233,17 @@ def _trade(num_bytes: int, ranks: range, group: dist.ProcessGroup, device: torch
     received = torch.empty_like(sent)
     sends = [Message(peer, part) for peer, part in zip(peers, sent, strict=True)]
     receives = [Message(peer, part) for peer, part in zip(peers, received, strict=True)]
-    return lambda: _transfer(HEADS, group, sends, receives)
+    return lambda: _finish(_start(HEADS, group, sends, receives))
 
 
-def _transfer(
+def _start(
     tag: int, group: dist.ProcessGroup, sends: list[Message], receives: list[Message]
-) -> None:
+) -> Transfer:
     transfer = Transfer("measurement of links", group, tag, sends, receives)
     transfer.commit()
+    return transfer
+
+
+def _finish(transfer: Transfer) -> None:
     transfer.wait()
     transfer.finish()

@@ -26,6 +26,7 @@ SLOW = Machine(
     trade=Rate(3, 1),
     near_trade=Rate(3, 2),
     near_ranks=2,
+    hidden=1.0,
 )
 ONE_HEAD = CostModel(SLOW, num_heads=1, num_kv_heads=1, head_dim=1)
 TWO_HEADS = replace(ONE_HEAD, num_heads=2)
@@ -45,6 +46,13 @@ def test_ring_counted_by_hand() -> None:
     assert result.exposed_seconds.tolist() == [6.5 + 2 + 22.5 + 2, 6.5 + 22.5]
     assert result.seconds == 81.0
     assert result.area_imbalance == pytest.approx(26 / 18)
+
+
+def test_messages_that_do_not_hide_cost_their_time() -> None:
+    half = replace(ONE_HEAD, machine=replace(SLOW, hidden=0.5))
+    result = predict(contiguous_plan([8], 2), half)
+    # every transfer is longer than the 10 seconds of work beside it, half of which it hides under
+    assert result.exposed_seconds.tolist() == [18.5 - 5 + 34.5 - 5, 16.5 - 5 + 32.5 - 5]
 
 
 def test_gather_counted_by_hand() -> None:
@@ -136,6 +144,8 @@ def test_a_machine_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_rates_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match=r"copy is .* must be positive"):
         load_machine({**SLOW.dump(), "copy": [0, 0]})
+    with pytest.raises(ValueError, match=r"hidden is 1\.5"):
+        load_machine({**SLOW.dump(), "hidden": 1.5})
     with pytest.raises(ValueError, match="near_ranks is 0"):
         replace(SLOW, near_ranks=0)
     with pytest.raises(ValueError, match="head_dim is 0"):
