@@ -40,10 +40,6 @@ from lclm.train.step import Engine, StepResult
 
 logger = logging.getLogger(__name__)
 
-# Micro-batches built in advance, at most a global batch of this rank: each holds RoPE tables, 32 MB
-# at 64K local tokens and heads of 128.
-MICRO_BATCHES_AHEAD = 8
-
 
 class Run:
     """A training run on this process's mesh, from what `find_start` found."""
@@ -117,7 +113,7 @@ class Run:
                 reset_state(self.engine.optimizer)
         last = min(stage.num_steps, position.stage_step + self.last_step - self.step)
         steps = range(position.stage_step, last)
-        ahead = min(MICRO_BATCHES_AHEAD, stage.rows_per_step // self.mesh.dp_size)
+        ahead = stage.rows_per_step // self.mesh.dp_size  # a global batch, in host memory
         with Prefetcher(self._micro_batches(number, steps, build), ahead) as micro_batches:
             for stage_step in steps:
                 self._train_step(number, stage_step, micro_batches)
@@ -128,13 +124,18 @@ class Run:
     def _micro_batches(
         self, number: int, steps: range, build: MicroBatchBuilder
     ) -> Iterator[MicroBatch]:
-        """This rank's micro-batches of all these steps of a stage, one after another."""
+        """This rank's micro-batches of all these steps of a stage, one after another, on the host.
+
+        Runs on a thread of its own, which has a current GPU of its own.
+        """
+        if self.mesh.device.type == "cuda":
+            torch.cuda.set_device(self.mesh.device)
         count = self.config.stage[number].rows_per_step
         for stage_step in steps:
             first = stage_step * count
             costs = [self._row_flops(number, row) for row in range(first, first + count)]
             for row in deal_rows(costs, self.mesh.dp_size)[self.mesh.dp_rank]:
-                yield build(self.planned[number].row(first + row))
+                yield build.prepare(self.planned[number].row(first + row))
 
     def _train_step(
         self, number: int, stage_step: int, micro_batches: Iterator[MicroBatch]

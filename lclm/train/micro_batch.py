@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -36,6 +36,21 @@ class MicroBatch:
     """Name of the domain that the row was drawn from."""
     row: RowContext
 
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on a device. From pinned memory copies queue up like kernels: none waits."""
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        weights = self.label_weights_T
+        return replace(
+            self,
+            tokens_BT=move(self.tokens_BT),
+            labels_T=move(self.labels_T),
+            label_weights_T=None if weights is None else move(weights),
+            row=replace(self.row, cos_TH=move(self.row.cos_TH), sin_TH=move(self.row.sin_TH)),
+        )
+
 
 class MicroBatchBuilder:
     """Builds micro-batches for one rank of a mesh, at one RoPE base and mask setting."""
@@ -58,9 +73,14 @@ class MicroBatchBuilder:
         self._document_mask = document_mask
 
     def __call__(self, row: Row, is_counted: bool = True) -> MicroBatch:
-        """Shard a row. Labels are made on the whole row, so none is lost at a chunk border.
+        """The micro-batch of a row on this rank's device; see `prepare`."""
+        return self.prepare(row, is_counted).to(self._mesh.device)
 
-        A row that is not counted has no labels: it keeps ranks in step and changes no sum.
+    def prepare(self, row: Row, is_counted: bool = True) -> MicroBatch:
+        """Shard a row, in host memory, pinned where the device is a GPU; its attention is planned.
+
+        Labels are made on the whole row, so none is lost at a chunk border. A row that is not
+        counted has no labels: it keeps ranks in step and changes no sum.
         """
         labels = build_labels(row.tokens, row.doc_lengths)
         weights = None
@@ -71,27 +91,28 @@ class MicroBatchBuilder:
         doc_lengths = row.doc_lengths if self._document_mask else np.array([len(row.tokens)])
         plan = self._context.plan(doc_lengths)
         positions = plan.positions(self._mesh.cp_rank)
-        device = self._mesh.device
         local_labels = labels[positions]
         return MicroBatch(
-            tokens_BT=torch.from_numpy(row.tokens[positions]).to(device)[None],
-            labels_T=torch.from_numpy(local_labels).to(device),
+            tokens_BT=self._pin(torch.from_numpy(row.tokens[positions])[None]),
+            labels_T=self._pin(torch.from_numpy(local_labels)),
             label_weights_T=(
-                None if weights is None else torch.from_numpy(weights[positions]).to(device)
+                None if weights is None else self._pin(torch.from_numpy(weights[positions]))
             ),
             num_labels=int((local_labels != IGNORED).sum()),
             domain=row.domain,
             row=self._row_context(plan, positions),
         )
 
+    def _pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.pin_memory() if self._mesh.device.type == "cuda" else tensor
+
     def _row_context(self, plan: RowPlan, positions: np.ndarray) -> RowContext:
-        mesh = self._mesh
         starts = np.concatenate([[0], np.cumsum(plan.doc_lengths)[:-1]])
         in_document = positions - starts[np.searchsorted(starts, positions, side="right") - 1]
         cos, sin = build_rope_table(
             torch.from_numpy(in_document), self._head_size, self._rope_base, self._scaling
         )
-        return RowContext(cos.to(mesh.device), sin.to(mesh.device), self._context.attention(plan))
+        return RowContext(self._pin(cos), self._pin(sin), self._context.attention(plan))
 
 
 def deal_rows(costs: Sequence[float], num_ranks: int) -> list[list[int]]:

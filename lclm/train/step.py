@@ -124,7 +124,7 @@ class Engine:
         self, micro_batches: Iterator[MicroBatch], model: Any
     ) -> tuple[torch.Tensor, Any]:
         """Megatron-core's callback: output of this stage and what turns it into a loss."""
-        batch = next(micro_batches)
+        batch = next(micro_batches).to(self.mesh.device)
         output = model(
             batch.tokens_BT, batch.labels_T, batch.row, label_weights_T=batch.label_weights_T
         )

@@ -7,7 +7,6 @@ together again to whole rows and hashed.
 from __future__ import annotations
 
 import hashlib
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +15,10 @@ import pytest
 import torch
 
 from lclm.config import Config, check_config
-from lclm.context.plan import build_row_plan
+from lclm.context.attend import ContextParallel
+from lclm.context.comm import GATHER
+from lclm.context.cost import CostModel
+from lclm.context.row_plan import RowPlan
 from lclm.data.indexed import IndexedWriter
 from lclm.data.loader import Row
 from lclm.train.loop import Run
@@ -86,9 +88,23 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     return config
 
 
-def build_both(builder: MicroBatchBuilder, row: Row) -> tuple[Row, MicroBatch]:
-    """A row beside what a rank computes on."""
-    return row, builder(row)
+class Planned(ContextParallel):
+    """The real plans of rows, without a process group to attend in."""
+
+    def attention(self, plan: RowPlan) -> None:
+        """Not needed to compare what is computed on."""
+
+
+class Recorder(MicroBatchBuilder):
+    """Gives each row beside its micro-batch."""
+
+    def prepare(self, row: Row, is_counted: bool = True) -> tuple[Row, MicroBatch]:
+        return row, super().prepare(row, is_counted)
+
+
+def context_of(layout: str, cp_size: int) -> Planned:
+    group = SimpleNamespace(size=lambda: cp_size)
+    return Planned(layout, GATHER, CostModel(), group, torch.device("cpu"))
 
 
 def read_rank(
@@ -102,9 +118,10 @@ def read_rank(
     while step < config.num_steps:
         position = find_position(config, step)
         stage = config.stage[position.stage]
-        builder = MicroBatchBuilder(config, mesh, stage.rope_base, stage.document_mask)
+        context = context_of(config.parallel.cp_layout, mesh.cp_size)
+        builder = Recorder(config, mesh, context, stage.rope_base, stage.document_mask)
         steps = range(position.stage_step, stage.num_steps)
-        items = list(run._micro_batches(position.stage, steps, partial(build_both, builder)))
+        items = list(run._micro_batches(position.stage, steps, builder))
         per_step = stage.rows_per_step // mesh.dp_size
         assert len(items) == len(steps) * per_step
         for number in range(len(steps)):
@@ -117,8 +134,7 @@ def hash_row(config: Config, shards: list[tuple[Row, MicroBatch]]) -> str:
     """SHA-256 of a row's tokens, labels, weights of labels, documents and domain."""
     row = shards[0][0]
     length, cp_size = len(row.tokens), len(shards)
-    layout = config.parallel.cp_layout if cp_size > 1 else "contiguous"
-    plan = build_row_plan(layout, row.doc_lengths, cp_size)
+    plan = context_of(config.parallel.cp_layout, cp_size).plan(row.doc_lengths)
     tokens, labels = np.full(length, -1), np.full(length, -1)
     weights = np.ones(length, np.float32)
     for rank, (_, shard) in enumerate(shards):
@@ -141,9 +157,13 @@ def hash_steps(config: Config, layout: tuple[int, int, str], first_step: int) ->
     ranks = {}
     for dp_rank in range(dp_size):
         for cp_rank in range(cp_size):
-            mesh = SimpleNamespace(dp_size=dp_size, dp_rank=dp_rank, cp_size=cp_size,
-                                   cp_rank=cp_rank, cp_group=None, cp_head_group=None,
-                                   cp_ring_group=None, device=torch.device("cpu"))  # fmt: skip
+            mesh = SimpleNamespace(
+                dp_size=dp_size,
+                dp_rank=dp_rank,
+                cp_size=cp_size,
+                cp_rank=cp_rank,
+                device=torch.device("cpu"),
+            )
             ranks[dp_rank, cp_rank] = read_rank(config, mesh, first_step, plans)
     hashes: Hashes = {}
     for step in ranks[0, 0]:
@@ -159,11 +179,9 @@ def hash_steps(config: Config, layout: tuple[int, int, str], first_step: int) ->
 def expected(config: Config) -> Hashes:
     """Straight from the planned rows, row by row."""
     hashes, step = {}, 0
+    one = SimpleNamespace(cp_size=1, cp_rank=0, device=torch.device("cpu"))
+    builder = MicroBatchBuilder(config, one, context_of("auto", 1), 1e4, True)
     for rows in plan_stages(config):
-        builder = MicroBatchBuilder(
-            config, SimpleNamespace(cp_size=1, cp_rank=0, cp_group=None, cp_head_group=None,
-                                    cp_ring_group=None, device=torch.device("cpu")), 1e4, True
-        )  # fmt: skip
         for first in range(0, len(rows), ROWS):
             every = [rows.row(number) for number in range(first, first + ROWS)]
             hashes[step] = sorted(hash_row(config, [(row, builder(row))]) for row in every)
