@@ -18,6 +18,7 @@ is not timed.
 
 import argparse
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -37,6 +38,8 @@ def main() -> int:
     arguments = parser.parse_args()
     command = shlex.join(["python", *sys.argv])
     if torch.cuda.is_available():
+        # Told to stop, it ends its worker processes on the way out.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         size = "quick" if arguments.quick else "full"
         results = RESULTS / "kernels_gpu.jsonl"
         return run_on_gpu(arguments.op, size, "cuda", results, command)

@@ -13,7 +13,7 @@ import torch
 from .attention_problem import AttentionProblem
 from .contest import Run, autograd_run
 
-__all__ = ["CudnnRow", "cudnn_packed"]
+__all__ = ["CudnnRow", "attention_of_graphs", "cudnn_packed"]
 
 _ROUND_TOKENS = 64  # what the number of tokens that sizes the workspace is rounded up to
 
@@ -150,7 +150,11 @@ def _build(
     return run
 
 
-def _attention(row: CudnnRow, forward: Callable[..., None], backward: Callable[..., None]) -> Any:
+def attention_of_graphs(
+    row: CudnnRow, forward: Callable[..., None], backward: Callable[..., None]
+) -> Callable[..., torch.Tensor]:
+    """Attention of q, k, v with autograd, from calls that run the graphs on tensors by name."""
+
     class CudnnAttention(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -180,4 +184,4 @@ def cudnn_packed(problem: AttentionProblem) -> Run:
     cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream().cuda_stream)
     forward = _build(row.forward_graph(handle), cudnn, handle)
     backward = _build(row.backward_graph(handle), cudnn, handle)
-    return autograd_run(_attention(row, forward, backward), problem)
+    return autograd_run(attention_of_graphs(row, forward, backward), problem)

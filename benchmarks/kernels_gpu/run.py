@@ -1,6 +1,5 @@
 """The whole run on a GPU: operators one after another, tables as they come, a line per problem."""
 
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -85,7 +84,6 @@ def run(ops: Sequence[str], size: str, device: str, results: Path, command: str)
     Returns:
         The exit code: 1 if a result of ours was wrong or could not be had.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # workers are ended on the way out
     state = _Run(results, command)
     deadline = time.time() + MAX_RUN_S
     for op in ops:

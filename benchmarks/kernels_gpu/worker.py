@@ -47,7 +47,7 @@ from .shapes import Spec, list_specs
 
 __all__ = ["main", "run_operator"]
 
-FLUSH_BYTES = 1 << 31  # many times any L2 cache; half a millisecond in which the host gets ready
+FLUSH_BYTES = 1 << 32  # many times any L2 cache; about a millisecond in which the host gets ready
 PACKAGES = (
     "torch",
     "triton",

@@ -1,4 +1,4 @@
-"""The GPU benchmark without a GPU: counts, truths, contests, tables, every peer's place in it."""
+"""The GPU benchmark without a GPU: counts, truths, tables, every peer's place in it."""
 
 import json
 
@@ -8,43 +8,13 @@ import pytest
 import torch
 from kernels_gpu import contest, report, row_peers, run, shapes, worker
 from kernels_gpu.attention_problem import attention_problem
-from kernels_gpu.contest import AbsentError, DeviceLostError, Expected, Peer, Problem, Run
-from kernels_gpu.cudnn_peer import CudnnRow
+from kernels_gpu.cudnn_peer import CudnnRow, attention_of_graphs
 from kernels_gpu.shapes import MODELS, OPS, Model, Spec, Work
 from torch.nn.functional import scaled_dot_product_attention
 
 from tests.tolerances import BENCHMARK_TRUTH_FP32
 
 CPU = torch.device("cpu")
-
-
-def a_problem(limit=1e-3):
-    """Doubling x: results are out = 2x and dx = 2 dout, truth known for the first row only."""
-    x = torch.randn(4, 8, requires_grad=True)
-    dout = torch.randn(4, 8)
-    return Problem(
-        op="double",
-        model="none",
-        tokens=4,
-        row="",
-        inputs=[x],
-        douts=[dout],
-        work={"fwd": Work(1e6, "byte"), "bwd": Work(2e6, "byte")},
-        limit=limit,
-        expected=[
-            Expected("out", 2 * x.detach()[0].double(), lambda results: results[0][0]),
-            Expected("dx", 2 * dout[0].double(), lambda results: results[1][0]),
-        ],
-    )
-
-
-def double(problem):
-    return contest.autograd_run(lambda x: 2 * x, problem)
-
-
-def hold(peers, measure=contest.cpu_measure):
-    announced = []
-    return contest.hold_contest(a_problem(), peers, measure, announced.append), announced
 
 
 # Counts
@@ -120,123 +90,6 @@ def test_tails_are_dense_attention(lengths):
         assert contest.relative_error(expected.value, picked) < BENCHMARK_TRUTH_FP32
 
 
-def test_relative_error_works_in_pieces_and_knows_nan(monkeypatch):
-    exact, off = torch.randn(7, 5, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)
-    monkeypatch.setattr(contest, "PIECE", 4)
-    whole = (off.norm() / exact.norm()).item()
-    assert contest.relative_error(exact + off, exact) == pytest.approx(whole)
-    assert contest.relative_error(exact[:3], exact) == float("inf")
-    off[6, 4] = float("nan")
-    assert not contest.relative_error(off, exact) <= 1e9
-
-
-# Contests
-
-
-def test_contestants_take_turns_and_the_first_round_does_not_count(monkeypatch):
-    monkeypatch.setattr(contest, "ROUNDS_S", 0.0)
-    clock = iter(range(1000))
-
-    def measure(call):
-        return float(next(clock)), call()
-
-    outcome, announced = hold([Peer("ours", double), Peer("peer", double)], measure)
-    rounds = contest.MIN_ROUNDS
-    assert announced == ["ours", "peer"] + ["ours", "peer"] * (rounds + 1)
-    # Two calls each per round; the first round took the times 0 to 3.
-    assert outcome.times_ms["ours"]["fwd"] == [4.0 * turn for turn in range(1, rounds + 1)]
-    assert outcome.times_ms["peer"]["bwd"] == [4.0 * turn + 3 for turn in range(1, rounds + 1)]
-    assert rounds < contest.MAX_ROUNDS and not outcome.absent and not outcome.errors
-
-
-def test_ours_wrong_ends_the_contest_and_says_what_differs():
-    wrong = Peer("ours", lambda problem: contest.autograd_run(lambda x: 2.01 * x, problem))
-    outcome, announced = hold([wrong, Peer("peer", double)])
-    assert len(outcome.errors) == 2 and "ours: out is off by 5" in outcome.errors[0]
-    assert "dx" in outcome.errors[1]
-    assert outcome.times_ms == {} and announced == ["ours"]
-
-
-def test_peers_that_fail_or_are_wrong_are_named_and_not_timed():
-    def absent(problem):
-        raise AbsentError("knows no documents")
-
-    def missing(problem):
-        import no_such_package_anywhere  # noqa: F401
-
-    def differs_beyond_the_truth(problem):
-        def run(x):
-            return torch.cat([2 * x[:3], 3 * x[3:]])
-
-        return contest.autograd_run(run, problem)
-
-    peers = {
-        "absent": absent,
-        "missing": missing,
-        "wrong": lambda problem: contest.autograd_run(lambda x: x, problem),
-        "nan": lambda problem: contest.autograd_run(lambda x: x * float("nan"), problem),
-        "differs": differs_beyond_the_truth,
-        "one result": lambda problem: Run({"fwd": lambda: [2 * problem.inputs[0].detach()]}),
-        "floor": lambda problem: Run({"fwd": lambda: [torch.zeros(1)]}),
-    }
-    outcome, _ = hold([Peer("ours", double), *(Peer(*item) for item in peers.items())])
-    assert set(outcome.times_ms) == {"ours", "floor"}
-    assert outcome.absent["absent"] == "knows no documents"
-    assert "no_such_package_anywhere" in outcome.absent["missing"]
-    assert "out is off by 5.0e-01" in outcome.absent["wrong"]
-    assert "out is off by nan" in outcome.absent["nan"]
-    assert outcome.absent["differs"].startswith("result 0 differs from ours")
-    assert "list index out of range" in outcome.absent["one result"]
-
-
-def test_a_peer_that_fails_while_timed_is_named(monkeypatch):
-    monkeypatch.setattr(contest, "ROUNDS_S", 0.0)
-    calls = []
-
-    def make(problem):
-        run = double(problem)
-
-        def forward():
-            calls.append(1)
-            if len(calls) > 2:
-                raise RuntimeError("out of memory\nmore")
-            return run.phases["fwd"]()
-
-        return Run({"fwd": forward, "bwd": run.phases["bwd"]})
-
-    outcome, _ = hold([Peer("ours", double), Peer("peer", make)])
-    assert outcome.absent == {"peer": "failed when timed: RuntimeError: out of memory"}
-    assert set(outcome.times_ms) == {"ours"} and len(outcome.times_ms["ours"]["fwd"]) > 1
-
-
-def test_contestants_do_not_see_what_others_did_to_the_inputs():
-    def spoil(problem):
-        run = double(problem)
-
-        def forward():
-            outs = run.phases["fwd"]()
-            with torch.no_grad():
-                for x in spoiled:
-                    x.zero_()
-            return outs
-
-        spoiled = problem.fresh_inputs()
-        return Run({"fwd": forward, "bwd": run.phases["bwd"]})
-
-    outcome, _ = hold([Peer("ours", double), Peer("spoils", spoil), Peer("peer", double)])
-    assert set(outcome.times_ms) == {"ours", "spoils", "peer"}
-
-
-def test_a_lost_gpu_ends_the_process_not_the_peer(monkeypatch):
-    def lost():
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "synchronize", lost)
-    with pytest.raises(DeviceLostError, match="illegal memory access"):
-        hold([Peer("ours", double)])
-
-
 # Every operator, every peer, on the CPU
 
 
@@ -304,6 +157,24 @@ def test_cudnn_is_told_where_documents_lie():
     assert row.lengths.shape == (3, 1, 1, 1) and row.stats.shape == (3, 4, 7, 1)
     shape, strides = row._layout(4)
     assert (shape, strides) == ([3, 4, 7, 8], [7 * 32, 8, 32, 1])
+
+
+def test_cudnn_runs_on_the_tensors_autograd_gives_it():
+    row = CudnnRow(None, np.array([3]), (4, 2, 8), 0.5, torch.bfloat16, CPU)
+
+    def forward(q, k, v, o, stats):
+        assert stats is row.stats
+        o.copy_(2 * q)
+
+    def backward(q, k, v, o, dO, stats, dq, dk, dv):
+        for gradient, factor in ((dq, 1), (dk, 2), (dv, 3)):
+            gradient.fill_(factor * dO.sum().item())
+
+    q, k, v = (torch.ones(3, n, 8, requires_grad=True) for n in (4, 2, 2))
+    out = attention_of_graphs(row, forward, backward)(q, k, v)
+    grads = torch.autograd.grad(out, [q, k, v], torch.ones_like(out))
+    assert out.eq(2).all()
+    assert [grad.unique().tolist() for grad in grads] == [[96.0], [192.0], [288.0]]
 
 
 # Tables and records
