@@ -1,9 +1,10 @@
 """Workers that crash, hang or answer nothing: the run goes on without what was at work."""
 
+import json
 import sys
 import textwrap
 
-from kernels_gpu import supervisor
+from kernels_gpu import contest, run, supervisor
 
 REQUEST = {"op": "x", "excluded": {}, "skipped": [], "deadline": 0.0}
 
@@ -81,3 +82,15 @@ def test_a_worker_that_does_not_start_ends_the_operator():
     supervisor.run_operator(REQUEST, events.append, command)
     assert len(events) == 1 and events[0]["event"] == "done"
     assert "exit code 1; error: no torch here" in events[0]["errors"][0]
+
+
+def test_the_benchmarks_own_worker_serves_a_request(tmp_path, capsys):
+    """Through a process of its own, on the CPU: a table, a record, exit code 0."""
+    path = tmp_path / "kernels_gpu.jsonl"
+    assert run.run(["adamw"], "tiny", "cpu", path, "a command") == 0
+    record = json.loads(path.read_text())
+    assert record["command"] == "a command" and record["op"] == "adamw"
+    assert {"ours", "torch fused", "torch foreach"} <= record["results"].keys()
+    assert record["results"]["ours"]["step"]["rounds"] >= contest.MIN_ROUNDS
+    assert "apex" in record["absent"]["Apex"] and "torch" in record["versions"]
+    assert "torch foreach" in capsys.readouterr().out
