@@ -74,7 +74,8 @@ def rms_norm_bwd_kernel(
     i_program = tl.program_id(0)
     o_d = tl.arange(0, BLOCK_D)[None, :]
     m_d = o_d < SIZE
-    b_weight = tl.load(weight_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
+    if NUM_STAGES > 1:
+        b_weight = tl.load(weight_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_dweight = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     num_blocks = tl.cdiv(num_rows, BLOCK_R)
     for i_block in tl.range(i_program, num_blocks, tl.num_programs(0), num_stages=NUM_STAGES):
@@ -84,17 +85,23 @@ def rms_norm_bwd_kernel(
         b_dy = tl.load(dy_ptr + o_r * dy_stride_r + o_d, mask=m_r & m_d, other=0.0).to(tl.float32)
         b_rrms = tl.load(rrms_ptr + o_r, mask=m_r, other=0.0)
         b_normed = b_x * b_rrms  # [BLOCK_R, BLOCK_D]
+        b_dweight += b_dy * b_normed  # before the sum over the row: dy need not be kept through it
+        if NUM_STAGES == 1:
+            b_weight = tl.load(weight_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
         b_dnormed = b_dy * b_weight
         b_share = tl.sum(b_dnormed * b_normed, axis=1, keep_dims=True) / SIZE
         b_dx = b_rrms * (b_dnormed - b_normed * b_share)
         tl.store(dx_ptr + o_r * SIZE + o_d, b_dx.to(dx_ptr.dtype.element_ty), mask=m_r & m_d)
-        b_dweight += b_dy * b_normed
     p_dweight = dweight_ptr + i_program.to(tl.int64) * SIZE + tl.arange(0, BLOCK_D)
     tl.store(p_dweight, tl.sum(b_dweight, axis=0), mask=tl.arange(0, BLOCK_D) < SIZE)
 
 
 def bwd_stages(size: int) -> int:
-    """Loads ahead of the arithmetic in the backward; long rows need their registers themselves."""
+    """Loads ahead of the arithmetic in the backward.
+
+    Long rows need their registers themselves: they also read the weight, which lies in a cache,
+    again for each row.
+    """
     return 2 if size <= 8192 else 1
 
 
