@@ -91,15 +91,50 @@ def build_key_bounds(
 
     A key that nobody sees has first == behind.
     """
+    if not len(rows):
+        nobody = np.full(num_keys, len(lo), dtype=np.int32)
+        return nobody, nobody
+    # Sums in place: at 512K keys it is the memory of temporaries that takes the time.
     seen_lo, seen_hi = _at(rows, lo, hi)
-    ends = np.array([0, len(lo)], dtype=np.int32)
-    rows = rows.astype(np.int32)
-    # keys [hi of the row before, hi of this row) have this row as their first
-    first = np.concatenate([rows, ends[1:]]).repeat(np.diff(seen_hi, prepend=0, append=num_keys))
-    # keys [lo of this row, lo of the next row) have this row as their last
-    behind = np.concatenate([ends[:1], rows + np.int32(1)])
-    behind = behind.repeat(np.diff(seen_lo, prepend=0, append=num_keys))
-    return first, np.maximum(first, behind)
+    # Of rows with one hi the first counts. A key below the lowest hi of a stretch has the first row
+    # of the stretch as its first; from there on, one row more per key.
+    bottom, top, row, _ = _stretches(seen_hi, rows, np.append(True, seen_hi[1:] != seen_hi[:-1]))
+    counts = np.diff(top, prepend=0)
+    first = np.arange(num_keys, dtype=np.int32)
+    begun = first[: top[-1]]
+    begun += (row + 1 - bottom).repeat(counts)
+    np.maximum(begun, row.repeat(counts), out=begun)
+    first[top[-1] :] = len(lo)
+    # Of rows with one lo the last counts. From the lowest lo of a stretch on, one row more per key,
+    # up to the last row of the stretch.
+    bottom, _, row, last = _stretches(seen_lo, rows, np.append(seen_lo[1:] != seen_lo[:-1], True))
+    counts = np.diff(bottom, append=num_keys)
+    behind = np.arange(1, num_keys + 1, dtype=np.int32)
+    begun = behind[bottom[0] :]
+    begun += (row - bottom).repeat(counts)
+    np.minimum(begun, (last + 1).repeat(counts), out=begun)
+    behind[: bottom[0]] = 0
+    return first, np.maximum(first, behind, out=behind)
+
+
+def _stretches(
+    bound: np.ndarray, rows: np.ndarray, is_kept: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Bound and row at both ends of each stretch of kept rows in which both rise by 1 a row.
+
+    int32: (first bound, last bound, first row, last row). There are few stretches in the masks that
+    occur: one per document, empty range or jump of a window.
+    """
+    if not is_kept.all():
+        bound, rows = bound[is_kept], rows[is_kept]
+    is_start = np.ones(len(rows) + 1, dtype=bool)
+    np.not_equal(np.diff(bound), 1, out=is_start[1:-1])
+    if rows[-1] - rows[0] >= len(rows):
+        is_start[1:-1] |= np.diff(rows) != 1
+    edges = np.flatnonzero(is_start)
+    start, end = edges[:-1], edges[1:] - 1
+    first, last = (rows[x].astype(np.int32) for x in (start, end))
+    return bound[start], bound[end], first, last
 
 
 def _at(rows: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -83,6 +83,29 @@ def test_rows_that_see_a_key(name):
     assert np.array_equal(inside, visible_TS(plan).numpy().T)
 
 
+def ragged_plan(num_tokens, is_windowed):
+    """Many documents, whole or seen through a window, as one rank of a ring holds them."""
+    rng = np.random.default_rng(7)
+    lengths = rng.multinomial(num_tokens, rng.dirichlet(np.ones(50))).tolist()
+    lo, hi = document_intervals(lengths)
+    if is_windowed:
+        lo = np.maximum(lo, hi - 300)
+    start, end = num_tokens // 5, num_tokens // 2
+    lo, hi = (np.clip(bound, start, end) - start for bound in (lo, hi))
+    return make_plan(lo, hi, end - start)
+
+
+@pytest.mark.parametrize("is_windowed", [False, True])
+def test_bounds_of_keys_are_those_of_a_search(is_windowed):
+    plan = ragged_plan(20_000, is_windowed)
+    lo, hi, rows = bounds_of(plan)
+    keys = np.arange(plan.num_keys)
+    first = np.append(rows, len(lo))[np.searchsorted(hi[rows], keys, "right")]
+    behind = np.append(-1, rows)[np.searchsorted(lo[rows], keys, "right")] + 1
+    result = build_key_bounds(lo, hi, plan.num_keys, rows)
+    assert np.array_equal(result, [first, np.maximum(first, behind)])
+
+
 @pytest.mark.parametrize("length", [1024, 8192])
 def test_a_causal_document_is_masked_at_its_diagonal_only(length):
     """What lies off the diagonal is full; only tiles of 128 x 128 on it take a mask."""
