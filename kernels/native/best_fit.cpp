@@ -154,6 +154,7 @@ int32_t lclm_pack_best_fit(const int32_t* lengths, int64_t num_documents, int64_
 
 // Sort the pieces of lclm_pack_best_fit by row, keeping their order within one.
 //
+// lengths[num_documents]: those used, each as far as it is in pieces, also where it ended early.
 // row_start[num_rows + 1]; place, offset, length[num_pieces]: of each piece.
 void lclm_sort_best_fit(const int32_t* lengths, int64_t num_documents, int64_t row_length,
                         int64_t num_rows, int32_t drop_long, const int32_t* row_of_piece,
