@@ -24,7 +24,7 @@ from lclm.data.rows import (
 )
 from lclm_kernels.native import pack_concat
 
-__all__ = ["Cursor", "HeldOutRows", "Row", "StageRows"]
+__all__ = ["Cursor", "HeldOutRows", "Row", "StageRows", "check_same_tokenizer"]
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,14 @@ class Row:
     token_weights: np.ndarray | None = None  # float32 [T], of each token as a target; None: all 1
 
 
-PLAN_VERSION = 1  # raised when the same inputs give other rows
+PLAN_VERSION = 2  # raised when the same inputs give other rows
 PLAN_FIELDS = ("row_start", "doc", "offset", "length")  # of PackedRows
 PADDING_TOKEN = 0  # never a target, never seen from another piece
 
 
-def _read_row(domain: Domain, rows: PackedRows, number: int, seq_length: int) -> Row:
+def _read_row(
+    domain: Domain, rows: PackedRows, number: int, seq_length: int, vocab_size: int | None
+) -> Row:
     first, last = rows.row_start[number : number + 2].tolist()
     doc_lengths = rows.length[first:last].astype(np.int64)
     docs, offsets = rows.doc[first:last].tolist(), rows.offset[first:last].tolist()
@@ -54,7 +56,15 @@ def _read_row(domain: Domain, rows: PackedRows, number: int, seq_length: int) ->
         weights[num_tokens:] = 0
     at = 0
     for doc, offset, length in zip(docs, offsets, doc_lengths.tolist()):
-        tokens[at : at + length] = domain.reader.read(doc, offset, length)
+        piece = domain.reader.read(doc, offset, length)
+        if vocab_size is not None and not 0 <= piece.min() <= piece.max() < vocab_size:
+            raise ValueError(
+                f"{domain.reader.prefix}.bin: tokens [{offset}, {offset + length}) of document "
+                f"{doc} hold ids from {piece.min()} to {piece.max()}, the model's vocabulary has "
+                f"{vocab_size}; the file is damaged or of another tokenizer: check it with "
+                "tools/inspect_data.py --verify"
+            )
+        tokens[at : at + length] = piece
         if weights is not None and domain.reader.has_weights:
             weights[at : at + length] = domain.reader.read_weights(doc, offset, length)
         at += length
@@ -87,6 +97,7 @@ class StageRows:
         held_out_fraction: float = 0.0,
         max_epochs: int = 1,
         cache_dir: Path | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         """Plan the stage.
 
@@ -101,6 +112,7 @@ class StageRows:
             held_out_fraction: of each domain's documents, never trained on.
             max_epochs: passes over one domain allowed, all stages together.
             cache_dir: folder where plans are kept (see `plan_cache`); None: none are.
+            vocab_size: of the model; reading a row with other ids is a ValueError. None: no limit.
 
         Raises:
             ValueError: a rule of the mixture is broken, files cannot be read or come from different
@@ -113,6 +125,7 @@ class StageRows:
             )
         self.seq_length = seq_length
         self.num_rows = num_rows
+        self._vocab_size = vocab_size
         self._entries = list(entries)
         self._piece_lengths = check_entries(self._entries, seq_length)
         self._domains = {
@@ -196,13 +209,16 @@ class StageRows:
 
         Raises:
             IndexError: there is no such row.
+            ValueError: it holds ids outside the vocabulary.
+            OSError: it cannot be read, also not when tried again.
         """
         if not 0 <= number < self.num_rows:
             raise IndexError(f"row {number} of a stage of {self.num_rows} rows")
         entry = int(self._entry_of_row[number])
         domain = self._domains[self._entries[entry].prefix]
         row_in_entry = int(self._row_in_entry[number])
-        return _read_row(domain, self._rows[entry], row_in_entry, self.seq_length)
+        rows = self._rows[entry]
+        return _read_row(domain, rows, row_in_entry, self.seq_length, self._vocab_size)
 
     def doc_lengths(self, number: int) -> np.ndarray:
         """int64, `doc_lengths` of row `number` without reading its tokens."""
@@ -258,14 +274,21 @@ class HeldOutRows:
     """
 
     def __init__(
-        self, prefix: str, seq_length: int, num_rows: int, seed: int, held_out_fraction: float
+        self,
+        prefix: str,
+        seq_length: int,
+        num_rows: int,
+        seed: int,
+        held_out_fraction: float,
+        vocab_size: int | None = None,
     ) -> None:
-        """Plan the rows.
+        """Plan the rows; vocab_size as for `StageRows`.
 
         Raises:
             ValueError: no documents are held out, or num_rows is less than 1.
         """
         self._domain = Domain(prefix, seed, held_out_fraction)
+        self._vocab_size = vocab_size
         docs = self._domain.held_out_docs
         if len(docs) == 0 or num_rows < 1:
             raise ValueError(
@@ -287,10 +310,10 @@ class HeldOutRows:
         return self.num_rows
 
     def row(self, number: int) -> Row:
-        """Row `number`, 0 <= number < num_rows; IndexError when there is no such row."""
+        """Row `number`, 0 <= number < num_rows; raises as `StageRows.row`."""
         if not 0 <= number < self.num_rows:
             raise IndexError(f"row {number} of {self.num_rows} validation rows")
-        return _read_row(self._domain, self._rows, number, self.seq_length)
+        return _read_row(self._domain, self._rows, number, self.seq_length, self._vocab_size)
 
 
 def check_same_tokenizer(readers: Sequence[IndexedReader]) -> None:

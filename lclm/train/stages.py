@@ -62,6 +62,7 @@ def plan_stages(config: Config, cache_dir: Path | None = None) -> list[StageRows
                 held_out_fraction=config.data.held_out_fraction,
                 max_epochs=config.data.max_epochs,
                 cache_dir=cache_dir,
+                vocab_size=config.model.vocab_size,
             )
         )
     return planned
@@ -79,7 +80,12 @@ def plan_validation(config: Config) -> list[list[HeldOutRows]]:
     return [
         [
             HeldOutRows(
-                prefix, stage.seq_length, num_rows, config.seed, config.data.held_out_fraction
+                prefix,
+                stage.seq_length,
+                num_rows,
+                config.seed,
+                config.data.held_out_fraction,
+                config.model.vocab_size,
             )
             for prefix in dict.fromkeys(entry.prefix for entry in stage.mixture)
         ]

@@ -15,8 +15,9 @@ from lclm.checkpoint.folder import (
 )
 from lclm.config import Config, ConfigError
 from lclm.data.indexed import IndexedReader
+from lclm.data.loader import check_same_tokenizer
 from lclm.data.remote import fetch_prefix
-from lclm.data.tokenizer import load_tokenizer
+from lclm.data.tokenizer import Tokenizer, load_tokenizer
 from lclm.train.stages import find_position
 
 
@@ -36,13 +37,15 @@ def find_start(config: Config) -> Start:
     """Find what the run starts from and check that it fits the configuration.
 
     Raises:
-        ConfigError: the vocabulary of the tokenizer or of a data file exceeds the model's.
+        ConfigError: the vocabulary of the tokenizer or of a data file exceeds the model's, or a
+            data file was written with another tokenizer.
         CheckpointError: a checkpoint is wanted and absent, of another architecture, or of a run
             whose stages had other lengths.
-        ValueError: a data file or the tokenizer cannot be read.
+        ValueError: a data file or the tokenizer cannot be read, or data files were written with
+            different tokenizers.
     """
-    tokenizer = _check_tokenizer(config)
-    _check_vocabulary(config)
+    tokenizer = _load_tokenizer(config)
+    _check_data(config, tokenizer)
     checkpoint = _find_checkpoint(config)
     weights = Path(config.model.init_from) if config.model.init_from and not checkpoint else None
     source = checkpoint or weights
@@ -52,7 +55,8 @@ def find_start(config: Config) -> Start:
         store.check_architecture(folder, info, model_fields(config))
         if checkpoint is not None:
             _check_position(config, folder, info)
-    return Start(tokenizer, checkpoint, weights)
+    travels = Path(config.data.tokenizer) if tokenizer is not None else None
+    return Start(travels, checkpoint, weights)
 
 
 def model_fields(config: Config) -> dict[str, object]:
@@ -60,27 +64,38 @@ def model_fields(config: Config) -> dict[str, object]:
     return config.model.model_dump(exclude={"init_from"})
 
 
-def _check_tokenizer(config: Config) -> Path | None:
+def _load_tokenizer(config: Config) -> Tokenizer | None:
     if not config.data.tokenizer:
         return None
-    size = load_tokenizer(config.data.tokenizer).vocab_size
-    if size > config.model.vocab_size:
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
-            f"data.tokenizer({config.data.tokenizer}) has {size} tokens, more than "
+            f"data.tokenizer({config.data.tokenizer}) has {tokenizer.vocab_size} tokens, more than "
             f"model.vocab_size({config.model.vocab_size}); raise model.vocab_size"
         )
-    return Path(config.data.tokenizer)
+    return tokenizer
 
 
-def _check_vocabulary(config: Config) -> None:
-    for prefix in dict.fromkeys(e.prefix for stage in config.stage for e in stage.mixture):
-        size = IndexedReader(fetch_prefix(prefix)).metadata.get("vocab_size", 0)
+def _check_data(config: Config, tokenizer: Tokenizer | None) -> None:
+    """Every file fits the model's vocabulary, and all of all stages come from one tokenizer."""
+    prefixes = dict.fromkeys(e.prefix for stage in config.stage for e in stage.mixture)
+    readers = [IndexedReader(fetch_prefix(prefix)) for prefix in prefixes]
+    for reader in readers:
+        size = reader.metadata.get("vocab_size", 0)
         if size > config.model.vocab_size:
             raise ConfigError(
-                f"mixture: {prefix} was written with a vocabulary of {size} tokens, more than "
-                f"model.vocab_size({config.model.vocab_size}); raise model.vocab_size or "
+                f"mixture: {reader.prefix} was written with a vocabulary of {size} tokens, more "
+                f"than model.vocab_size({config.model.vocab_size}); raise model.vocab_size or "
                 "preprocess with the model's tokenizer"
             )
+        digest = reader.metadata.get("tokenizer", {}).get("sha256")
+        if tokenizer is not None and digest not in (None, tokenizer.sha256):
+            raise ConfigError(
+                f"mixture: {reader.prefix} was written with another tokenizer than data.tokenizer"
+                f"({config.data.tokenizer}) (sha256 {digest[:12]} and {tokenizer.sha256[:12]}); "
+                "name the one that wrote it, or preprocess with this one"
+            )
+    check_same_tokenizer(readers)
 
 
 def _find_checkpoint(config: Config) -> Path | None:

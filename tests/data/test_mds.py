@@ -74,6 +74,10 @@ def test_folders_that_are_not_mds(tmp_path):
     (tmp_path / "index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"shard.00000.mds: no such file"):
         list(MdsReader(tmp_path).documents())
+    text = (tmp_path / "index.json").read_text()
+    (tmp_path / "index.json").write_text(text[: len(text) // 2])
+    with pytest.raises(ValueError, match=r"index\.json: is not the index of an MDS folder"):
+        MdsReader(tmp_path)
     index["version"] = 3
     (tmp_path / "index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="only mds of version 2"):
