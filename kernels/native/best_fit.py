@@ -66,7 +66,8 @@ def pack_best_fit(
     request = (lengths.ctypes.data, len(lengths), row_length, num_rows, int(drop_long))
     if library.lclm_pack_best_fit(*request, row_of_piece.ctypes.data, stats.ctypes.data) != 0:
         return None
-    num_documents, num_pieces, *counts, num_unused = stats.tolist()
+    num_documents, num_pieces, *counts = stats.tolist()
+    num_unused = counts[-1]
     if num_unused:  # the last of the long documents found no row for its end
         lengths = lengths[:num_documents].copy()
         lengths[np.flatnonzero(lengths > row_length)[-1]] -= num_unused
@@ -75,7 +76,7 @@ def pack_best_fit(
     outputs = (item.ctypes.data for item in (row_start, place, offset, length))
     request = (lengths.ctypes.data, num_documents, *request[2:])
     library.lclm_sort_best_fit(*request, row_of_piece.ctypes.data, num_pieces, *outputs)
-    return BestFitRows(row_start, place, offset, length, num_documents, *counts, num_unused)
+    return BestFitRows(row_start, place, offset, length, num_documents, *counts)
 
 
 def _pack_best_fit_twin(

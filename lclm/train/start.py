@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from lclm.data.remote import fetch_prefix
 from lclm.data.tokenizer import Tokenizer, load_tokenizer
 from lclm.train.stages import find_position
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Start:
@@ -37,8 +40,7 @@ def find_start(config: Config) -> Start:
     """Find what the run starts from and check that it fits the configuration.
 
     Raises:
-        ConfigError: the vocabulary of the tokenizer or of a data file exceeds the model's, or a
-            data file was written with another tokenizer.
+        ConfigError: the vocabulary of the tokenizer or of a data file exceeds the model's.
         CheckpointError: a checkpoint is wanted and absent, of another architecture, or of a run
             whose stages had other lengths.
         ValueError: a data file or the tokenizer cannot be read, or data files were written with
@@ -90,10 +92,13 @@ def _check_data(config: Config, tokenizer: Tokenizer | None) -> None:
             )
         digest = reader.metadata.get("tokenizer", {}).get("sha256")
         if tokenizer is not None and digest not in (None, tokenizer.sha256):
-            raise ConfigError(
-                f"mixture: {reader.prefix} was written with another tokenizer than data.tokenizer"
-                f"({config.data.tokenizer}) (sha256 {digest[:12]} and {tokenizer.sha256[:12]}); "
-                "name the one that wrote it, or preprocess with this one"
+            logger.warning(
+                "mixture: %s was written with another tokenizer file than data.tokenizer(%s) "
+                "(sha256 %s and %s): right only where both files hold the same tokenizer",
+                reader.prefix,
+                config.data.tokenizer,
+                digest[:12],
+                tokenizer.sha256[:12],
             )
     check_same_tokenizer(readers)
 
