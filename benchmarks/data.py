@@ -1,18 +1,14 @@
-"""How fast data is prepared, planned and read, each figure beside its floor.
+"""How fast data is planned and read, each figure beside its floor; see also preprocess.py.
 
-    python benchmarks/data.py preprocess --tokenizer llama3/tokenizer.model --input some.jsonl
     python benchmarks/data.py plan --documents 1e6 1e7 1e8
     python benchmarks/data.py loader
 
-Times of `preprocess` are processor seconds of all processes, so that other work on the machine does
-not count; figures are per core. Results are appended to benchmarks/results/data.jsonl.
+Times are processor seconds, so that other work on the machine does not count. Results are appended
+to benchmarks/results/data.jsonl.
 """
 
 import argparse
-import json
 import multiprocessing
-import os
-import platform
 import resource
 import sys
 import tempfile
@@ -22,19 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measure import record
 
-from lclm.data.encode import EncodeOptions, encode_sources
-from lclm.data.fast import Encoder, choose_library
 from lclm.data.indexed import IndexedReader, adopt_tokens
 from lclm.data.loader import StageRows
 from lclm.data.mixture import MixtureEntry
-from lclm.data.readers import find_sources
-from lclm.data.tokenizer import load_tokenizer
 from lclm_kernels.native import pack_best_fit, pack_concat, seeded_order
 
-RESULTS = Path(__file__).resolve().parent / "results" / "data.jsonl"
 ROW_LENGTH = 65536
-COPIES = 6  # of the input: the difference to one copy is what input costs without the start
 
 
 def measure(work: Callable[[], Any]) -> dict[str, float]:
@@ -60,80 +51,6 @@ def measure(work: Callable[[], Any]) -> dict[str, float]:
     result = pipe.recv()
     process.join()
     return result
-
-
-def record(kind: str, rows: list[dict[str, Any]]) -> None:
-    """Print the rows and append them with the machine's description."""
-    machine = {
-        "cpu": platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load": os.getloadavg()[0],
-        "python": platform.python_version(),
-    }
-    with open(RESULTS, "a", encoding="utf-8") as file:
-        for row in rows:
-            shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
-            print("  ".join(f"{name}={value}" for name, value in shown.items()))
-            file.write(json.dumps({"benchmark": kind, **row, "machine": machine}) + "\n")
-
-
-def bench_preprocess(arguments: argparse.Namespace) -> None:
-    """The whole tool's work against the raw tokenizer on texts in memory (the floor)."""
-    os.environ["RAYON_NUM_THREADS"] = "1"
-    tokenizer = load_tokenizer(arguments.tokenizer)
-    sources = find_sources([arguments.input])
-    lines = arguments.input.read_bytes().splitlines()
-    texts = [json.loads(line)["text"] for line in lines]
-    num_bytes = sum(len(text.encode()) for text in texts)
-    plain_json = choose_library(tokenizer, "auto", texts[:8])
-    fast = Encoder(tokenizer, plain_json)
-    slow = Encoder(tokenizer, None)
-    sample = texts[: max(1, len(texts) // 40)]
-    if any(not np.array_equal(a, b) for a, b in zip(fast.encode(sample), slow.encode(sample))):
-        sys.exit("benchmarks/data.py: the libraries give different ids; nothing is measured")
-
-    def passes(encoder: Encoder, some: list[str], count: int) -> dict[str, float]:
-        times = []
-        for _ in range(count):
-            start = time.process_time()
-            num_tokens = sum(len(ids) for ids in encoder.encode(some))
-            times.append(time.process_time() - start)
-        size = sum(len(text.encode()) for text in some)
-        return {"first": size / times[0] / 1e6, "last": size / times[-1] / 1e6, "n": num_tokens}
-
-    raw = passes(fast, texts, 3)
-    ordinary = passes(slow, sample, 1)
-
-    def tool(copies: int, workers: int) -> dict[str, float]:
-        def work() -> dict[str, float]:
-            with tempfile.TemporaryDirectory() as folder:
-                options = EncodeOptions(append_eod=True, num_workers=workers)
-                encode_sources(list(sources) * copies, tokenizer, f"{folder}/x", options)
-            return {}
-
-        return measure(work)
-
-    rows = [
-        {"what": "raw tokenizer, first pass", "mb_per_core_second": raw["first"]},
-        {"what": "raw tokenizer, warm (floor)", "mb_per_core_second": raw["last"]},
-        {"what": "standard library alone", "mb_per_core_second": ordinary["last"]},
-    ]
-    for workers in (1, 2):
-        once, more = tool(1, workers), tool(COPIES, workers)
-        seconds = more["cpu_seconds"] - once["cpu_seconds"]
-        speed = (COPIES - 1) * num_bytes / seconds / 1e6
-        rows.append(
-            {
-                "what": f"preprocess_data, --workers {workers}: read, parse, encode, write, join",
-                "mb_per_core_second": speed,
-                "of_warm_raw": speed / raw["last"],
-                "times_standard_library": speed / ordinary["last"],
-                "tokens_per_core_second": (COPIES - 1) * raw["n"] / seconds,
-                "start_cpu_seconds": once["cpu_seconds"] - num_bytes / speed / 1e6,
-                "peak_gb": more["peak_gb"],
-            }
-        )
-    record("preprocess", rows)
 
 
 def bench_plan(arguments: argparse.Namespace) -> None:
@@ -211,10 +128,6 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     kinds = parser.add_subparsers(required=True)
-    preprocess = kinds.add_parser("preprocess")
-    preprocess.add_argument("--tokenizer", required=True)
-    preprocess.add_argument("--input", type=Path, required=True, help="JSON lines with 'text'")
-    preprocess.set_defaults(run=bench_preprocess)
     plan = kinds.add_parser("plan")
     plan.add_argument("--documents", nargs="+", default=["1e6", "1e7"])
     plan.set_defaults(run=bench_plan)

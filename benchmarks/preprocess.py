@@ -1,0 +1,196 @@
+"""How fast text becomes token files, beside the raw tokenizer and beside Megatron-LM's own tool.
+
+    python benchmarks/preprocess.py speed --tokenizer llama3/tokenizer.model --input some.jsonl
+    python benchmarks/preprocess.py megatron --megatron Megatron-LM/ (and the same)
+    python benchmarks/preprocess.py memory --gigabytes 10 --folder /scratch (and the same)
+
+Times are processor seconds of all processes of the tool, so that other work on the machine does not
+count; what the tool costs before its first text (start) is measured on one line and given apart.
+Texts are under "text". Results are appended to benchmarks/results/data.jsonl.
+"""
+
+import argparse
+import filecmp
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from measure import record, run_measured
+
+from lclm.data.fast import Encoder, choose_library, make_plain_json
+from lclm.data.tokenizer import load_tokenizer
+
+TOOL = Path(__file__).resolve().parents[1] / "tools" / "preprocess_data.py"
+COPY_BYTES = 1 << 24
+
+
+def run_tool(
+    tokenizer: Path, inputs: list[Path], prefix: str, workers: int, **options: Any
+) -> dict[str, float]:
+    """Preprocess inputs by our tool; see `run_measured`."""
+    command = [sys.executable, str(TOOL), "--input", *map(str, inputs), "--output-prefix", prefix]
+    command += ["--tokenizer", str(tokenizer), "--append-eod", "--workers", str(workers)]
+    return run_measured(command, **options)
+
+
+def bench_speed(arguments: argparse.Namespace) -> None:
+    """The tool against the raw tokenizer on the same texts in memory, in two states.
+
+    fresh: every text is new to the tokenizer, whose memory of words grows; the usual case.
+    warm: the same texts once more, so that every word is known.
+    """
+    os.environ["RAYON_NUM_THREADS"] = "1"
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    with open(arguments.input, encoding="utf-8") as file:
+        texts = [json.loads(line)["text"] for line in file]
+    num_bytes = sum(len(text.encode()) for text in texts)
+    plain_json = choose_library(tokenizer, "gigatoken", texts[:8])
+    cpu: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        line = Path(folder) / "line.jsonl"
+        line.write_text(json.dumps({"text": "a line"}) + "\n", encoding="utf-8")
+        for _ in range(arguments.repeats):  # interleaved, so that all see the same load
+            encoder = Encoder(tokenizer, plain_json)
+            for state in ("fresh", "warm"):
+                start = time.process_time()
+                num_tokens = sum(len(ids) for ids in encoder.encode(texts))
+                cpu.setdefault(f"raw {state}", []).append(time.process_time() - start)
+            for workers in arguments.workers:
+                once, twice, nothing = (
+                    run_tool(arguments.tokenizer, inputs, f"{folder}/x", workers)["cpu_seconds"]
+                    for inputs in ([arguments.input], [arguments.input] * 2, [line])
+                )
+                cpu.setdefault(f"tool {workers} fresh", []).append(once - nothing)
+                cpu.setdefault(f"tool {workers} warm", []).append(twice - once)
+                cpu.setdefault(f"tool {workers} start", []).append(nothing)
+    rows = []
+    for state in ("fresh", "warm"):
+        raw = cpu[f"raw {state}"]
+        about = {"state": state, "input_bytes": num_bytes, "tokens": num_tokens}
+        speed = num_bytes / statistics.median(raw) / 1e6
+        rows.append({"what": "raw tokenizer", **about, "mb_per_core_second": speed})
+        for workers in arguments.workers:
+            tool, start = cpu[f"tool {workers} {state}"], cpu[f"tool {workers} start"]
+            ratios = [floor / seconds for floor, seconds in zip(raw, tool)]
+            rows.append(
+                {
+                    "what": f"preprocess_data --workers {workers}",
+                    **about,
+                    "mb_per_core_second": num_bytes / statistics.median(tool) / 1e6,
+                    "of_raw": statistics.median(ratios),
+                    "start_cpu_seconds": statistics.median(start),
+                }
+            )
+    record("preprocess", rows)
+
+
+def bench_megatron(arguments: argparse.Namespace) -> None:
+    """Our tool and Megatron-LM's on the same lines, one after the other; their bytes are equal."""
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    script = arguments.megatron / "tools" / "preprocess_data.py"
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        special = [
+            {"id": token, "content": name, "special": True, "single_word": False, "lstrip": False}
+            | {"rstrip": False, "normalized": False}
+            for name, token in tokenizer.special_names.items()
+        ]
+        tree = json.loads(make_plain_json(tokenizer)) | {"added_tokens": special}
+        (Path(folder) / "tokenizer.json").write_text(json.dumps(tree), encoding="utf-8")
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end_of_text|>"}
+        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+        line, lines, more = (Path(folder) / f"{name}.jsonl" for name in ("line", "lines", "more"))
+        line.write_text(json.dumps({"text": "a line"}) + "\n", encoding="utf-8")
+        for target, megabytes in ((lines, arguments.megabytes), (more, arguments.our_megabytes)):
+            with open(arguments.input, "rb") as file:
+                target.write_bytes(b"".join(file.readlines(int(megabytes * 1e6))))
+        path = os.pathsep.join([str(arguments.megatron), os.environ.get("PYTHONPATH", "")])
+
+        def theirs(source: Path) -> dict[str, float]:
+            command = [sys.executable, str(script), "--input", str(source), "--append-eod"]
+            command += ["--output-prefix", f"{folder}/theirs", "--workers", str(arguments.workers)]
+            command += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", folder]
+            return run_measured(command, env=os.environ | {"PYTHONPATH": path})
+
+        def ours(source: Path) -> dict[str, float]:
+            return run_tool(arguments.tokenizer, [source], f"{folder}/ours", arguments.workers)
+
+        their_start, our_start = theirs(line), ours(line)
+        their_lines, our_lines = theirs(lines), ours(lines)
+        for ending in (".bin", ".idx"):
+            names = f"{folder}/ours{ending}", f"{folder}/theirs_text_document{ending}"
+            if not filecmp.cmp(*names, shallow=False):
+                sys.exit(f"the two tools wrote different {ending} files; nothing is recorded")
+        # ours is done with so little before its time differs from its start by much
+        our_more = ours(more)
+        sizes = lines.stat().st_size, more.stat().st_size
+    rows = []
+    for what, start, end, size in (
+        ("Megatron-LM's tool", their_start, their_lines, sizes[0]),
+        ("preprocess_data", our_start, our_more, sizes[1]),
+    ):
+        speed = size / (end["cpu_seconds"] - start["cpu_seconds"]) / 1e6
+        row = {"what": what, "workers": arguments.workers, "input_bytes": size}
+        row |= {"mb_per_core_second": speed, "start_cpu_seconds": start["cpu_seconds"]}
+        rows.append(row)
+    rows[1]["times_megatron"] = rows[1]["mb_per_core_second"] / rows[0]["mb_per_core_second"]
+    # start included, on the same lines
+    rows[1]["times_megatron_whole"] = their_lines["cpu_seconds"] / our_lines["cpu_seconds"]
+    rows[1]["is_byte_identical"] = True
+    record("preprocess against Megatron-LM", rows)
+
+
+def bench_memory(arguments: argparse.Namespace) -> None:
+    """Memory of all processes on many gigabytes: the texts again and again, numbered."""
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        big = Path(folder) / "big.jsonl"
+        wanted, copy = int(arguments.gigabytes * 1e9), 0
+        with open(big, "wb") as target:
+            while target.tell() < wanted:
+                with open(arguments.input, "rb") as source:
+                    while target.tell() < wanted and (lines := source.readlines(COPY_BYTES)):
+                        numbered = b'{"text": "copy %d ' % copy
+                        target.write(b"".join(lines).replace(b'{"text": "', numbered))
+                copy += 1
+        size = big.stat().st_size
+        done = run_tool(
+            arguments.tokenizer, [big], f"{folder}/x", arguments.workers, watch_memory=True
+        )
+        tokens = json.loads(Path(f"{folder}/x.json").read_text(encoding="utf-8"))["tokens"]
+    row = {"what": f"preprocess_data --workers {arguments.workers}", "input_bytes": size, **done}
+    record("preprocess memory", [row | {"tokens": tokens}])
+
+
+def main() -> int:
+    """Run one benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    kinds = parser.add_subparsers(required=True)
+    speed, megatron, memory = map(kinds.add_parser, ("speed", "megatron", "memory"))
+    for kind in (speed, megatron, memory):
+        kind.add_argument("--tokenizer", required=True, type=Path)
+        kind.add_argument("--input", required=True, type=Path, help="JSON lines")
+        kind.add_argument("--folder", help="for work (default: the system's)")
+    speed.add_argument("--repeats", type=int, default=3)
+    speed.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    speed.set_defaults(run=bench_speed)
+    megatron.add_argument("--megatron", required=True, type=Path, help="checkout of Megatron-LM")
+    megatron.add_argument("--megabytes", type=float, default=30.0, help="that both encode")
+    megatron.add_argument("--our-megabytes", type=float, default=500.0, help="for our speed")
+    megatron.add_argument("--workers", type=int, default=1)
+    megatron.set_defaults(run=bench_megatron)
+    memory.add_argument("--gigabytes", type=float, default=10.0)
+    memory.add_argument("--workers", type=int, default=2)
+    memory.set_defaults(run=bench_memory)
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
