@@ -188,7 +188,7 @@ def compare(
             for link, cost in COSTS.items()
         }
         lines.append({"cp": cp_size, "strategy": "fastest", "layer_ms": fastest})
-        lines += compare_ways(rows[:8], cp_size)
+        lines += compare_ways(rows, cp_size)
     print_table(title, lines)
     return {"title": title, "rows": len(rows), "lines": lines}
 

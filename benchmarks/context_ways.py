@@ -93,7 +93,7 @@ class Bench:
         init_weights(model, config, mesh)
         self.engine = Engine(config, mesh, model, ["drawn"])
         self.mesh, self.rounds = mesh, rounds
-        cost = attention_cost(config, mesh, LINKS["nvlink"])
+        cost = attention_cost(config, mesh.dtype, LINKS["nvlink"])
         machine = measure_machine(cost, mesh.cp_group, mesh.device, mesh.dtype)
         self.cost = replace(cost, machine=machine)
 

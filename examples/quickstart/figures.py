@@ -12,11 +12,14 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 
 from lclm.config import Config
+from lclm.context.machine import RATES_NAME, read_machine
 from lclm.context.plan import RowPlan, build_row_plan
 from lclm.data.loader import Row
+from lclm.train.context import attention_cost, choose_comm, spread_rows
 from lclm.train.stages import plan_stages
 
 COLORS = ["#3366aa", "#dd7733", "#449966", "#aa4477", "#777777", "#bbaa33", "#55aacc", "#884422"]
@@ -128,10 +131,14 @@ def choose_rows(config: Config) -> list[Row]:
 
 def draw_layout(config: Config, path: Path) -> list[tuple[Row, RowPlan]]:
     """Which rank held which tokens of real rows of the last stage; returns rows and plans."""
+    rows, layout = plan_stages(config)[-1], config.parallel.cp_layout
+    machine = read_machine(Path(config.run.dir) / RATES_NAME)
+    cost = attention_cost(config, torch.float32, machine)
+    comm = choose_comm(config, cost, [rows.doc_lengths(n) for n in spread_rows(len(rows))])
     chosen = []
     for row in choose_rows(config):
         lengths = row.doc_lengths if config.stage[-1].document_mask else [row.doc_lengths.sum()]
-        chosen.append((row, build_row_plan(config.parallel.cp_layout, lengths, PROCESSES)))
+        chosen.append((row, build_row_plan(layout, lengths, PROCESSES, None, cost, comm)))
     figure, panels = plt.subplots(
         len(chosen), 1, figsize=(11, 1.5 * len(chosen) + 0.6), squeeze=False
     )

@@ -4,6 +4,7 @@ import numpy as np
 
 from lclm.context.comm import RING, Comm, predict_seconds
 from lclm.context.cost import CostModel
+from lclm.context.machine import LINKS
 from lclm.context.row_plan import (
     DocLengths,
     RowPlan,
@@ -162,8 +163,8 @@ def plan_row(
         chunk: granularity in tokens: span ends are multiples of it; R * chunk must divide the row
             length. Attention kernels work on tiles of 128; longer rows plan faster with more.
         cost: rates of the machine and the model's attention shape. With it time alone decides, so
-            that a slow link may be worth an uneven layout. Without it the rates are those of
-            `CostModel()` and only layouts with even area are looked at.
+            that a slow link may be worth an uneven layout. Without it only layouts with even area
+            are looked at, and a slow link is assumed, which asks for little traffic.
         comm: how queries will meet keys. Neighbours that share heads get a rank's part of a plan
             for so many fewer ranks.
         implementation: of the balanced layout's solver, see `balanced_plan`.
@@ -180,7 +181,8 @@ def plan_row(
     _check_grid(int(check_doc_lengths(doc_lengths).sum()), cp_size, chunk)
     plans = candidate_plans(doc_lengths, cp_size // comm.shared, chunk, implementation)
     if cost is None:
-        cost, areas = CostModel(), {name: plan.areas.sum(axis=1) for name, plan in plans.items()}
+        cost = CostModel(LINKS["infiniband"])
+        areas = {name: plan.areas.sum(axis=1) for name, plan in plans.items()}
         uneven = {name: float(area.max() / area.mean()) for name, area in areas.items()}
         limit = max(_EVEN_AREA, uneven["balanced"])
         plans = {name: plan for name, plan in plans.items() if uneven[name] <= limit}

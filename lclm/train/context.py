@@ -32,8 +32,8 @@ def spread_rows(num_rows: int) -> list[int]:
     return np.linspace(0, num_rows - 1, min(NUM_ROWS_COMPARED, num_rows)).astype(int).tolist()
 
 
-def attention_cost(config: Config, mesh: Mesh, machine: Machine) -> CostModel:
-    """A layer's attention on one rank."""
+def attention_cost(config: Config, dtype: torch.dtype, machine: Machine) -> CostModel:
+    """A layer's attention on one rank; the dtype is that of q, k and v."""
     model, parallel = config.model, config.parallel
     is_recomputed = config.train.recompute == "full"
     return CostModel(
@@ -41,7 +41,7 @@ def attention_cost(config: Config, mesh: Mesh, machine: Machine) -> CostModel:
         num_heads=model.num_attention_heads // parallel.tp,
         num_kv_heads=model.num_kv_heads // parallel.tp,
         head_dim=model.head_size,
-        number_bytes=mesh.dtype.itemsize,
+        number_bytes=dtype.itemsize,
         kept_layers=1 if is_recomputed else model.num_layers // parallel.pp,
         is_recomputed=is_recomputed,
     )
@@ -65,7 +65,7 @@ def find_machine(config: Config, mesh: Mesh) -> Machine:
         machine = load_machine(known[0])
         logger.info("context rates of %s: %s", path, machine.summary())
         return machine
-    cost = attention_cost(config, mesh, LINKS["nvlink"])
+    cost = attention_cost(config, mesh.dtype, LINKS["nvlink"])
     machine = measure_machine(cost, mesh.cp_group, mesh.device, mesh.dtype)
     logger.info("context rates, measured: %s", machine.summary())
     if mesh.rank == 0:
@@ -76,32 +76,41 @@ def find_machine(config: Config, mesh: Mesh) -> Machine:
     return machine
 
 
+def choose_comm(config: Config, cost: CostModel, rows: Sequence[np.ndarray]) -> Comm:
+    """How queries meet keys: as configured, or what is predicted to be fastest for some rows.
+
+    Args:
+        cost: of `attention_cost`.
+        rows: document lengths; looked at only where `parallel.cp_comm` is "auto" and several ranks
+            share a row, and then at least one.
+    """
+    parallel = config.parallel
+    if parallel.cp == 1 or parallel.cp_comm != "auto":
+        shared = {"ulysses": parallel.cp, "ulysses_ring": parallel.cp_ulysses}
+        return Comm(parallel.cp_comm, shared.get(parallel.cp_comm, 1))
+    found = compare_comms(parallel.cp_layout, rows, parallel.cp, cost)
+    comm = min(found, key=lambda comm: found[comm])
+    times = ", ".join(f"{way} {1e3 * seconds:.3g}" for way, seconds in found.items())
+    logger.info(
+        "cp_comm auto: %s, by predicted ms of a layer's attention, forward and backward, mean of "
+        "%d rows: %s",
+        comm,
+        len(rows),
+        times,
+    )
+    return comm
+
+
 def build_context(
     config: Config, mesh: Mesh, machine: Machine, rows: Sequence[np.ndarray]
 ) -> ContextParallel:
-    """How rows are dealt out, and how queries meet keys: as configured, or chosen for some rows.
+    """How rows are dealt out and queries meet keys; `rows` as in `choose_comm`, equal on all ranks.
 
     All processes of the world must call it at the same time: it may make groups.
-
-    Args:
-        rows: document lengths, equal on all ranks; looked at only where `parallel.cp_comm` is
-            "auto", and then at least one.
     """
     parallel = config.parallel
-    cost = attention_cost(config, mesh, machine)
-    shared = {"ulysses": mesh.cp_size, "ulysses_ring": parallel.cp_ulysses}
-    comm = Comm(parallel.cp_comm, shared.get(parallel.cp_comm, 1))
-    if mesh.cp_size > 1 and comm.name == "auto":
-        found = compare_comms(parallel.cp_layout, rows, mesh.cp_size, cost)
-        comm = min(found, key=lambda comm: found[comm])
-        times = ", ".join(f"{way} {1e3 * seconds:.3g}" for way, seconds in found.items())
-        logger.info(
-            "cp_comm auto: %s, by predicted ms of a layer's attention (%d rows, forward and "
-            "backward): %s",
-            comm,
-            len(rows),
-            times,
-        )
+    cost = attention_cost(config, mesh.dtype, machine)
+    comm = choose_comm(config, cost, rows)
     heads = ring = None
     if comm.name == "ulysses_ring":
         heads, ring = split_context(mesh.cp_group, comm.shared)
@@ -125,5 +134,8 @@ def _read(path: Path, made_for: dict[str, Any]) -> dict[str, Any] | None:
     """The machine in a file, if it was measured for this."""
     if not path.is_file():
         return None
-    record = json.loads(path.read_text("ascii"))
-    return record["machine"] if record["made_for"] == made_for else None
+    try:
+        record = json.loads(path.read_text("ascii"))
+        return record["machine"] if record["made_for"] == made_for else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not what a trainer measured: {error}; remove it") from error
