@@ -3,6 +3,7 @@
 import gc
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -191,9 +192,10 @@ def differences(results: Tensors, ours: Tensors, limit: float) -> list[str]:
 
 
 def describe(error: BaseException) -> str:
-    """Type and first line of an exception."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    """Type, first and last line of an exception: compilers put the place first, the reason last."""
+    lines = [line.strip()[:120] for line in str(error).splitlines() if line.strip()]
+    text = " ... ".join(dict.fromkeys(lines[:1] + lines[-1:]))
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _free() -> None:
@@ -259,6 +261,8 @@ def _admit(peer: Peer, problem: Problem, ours: Tensors) -> tuple[Run | None, Ten
         wrong = [str(error)]
     except Exception as error:  # peers fail in their own ways: each is named, none ends the run
         wrong = [describe(error)]
+        if peer.is_ours:
+            traceback.print_exc()
     return (None, [], wrong) if wrong else (run, results, [])
 
 
@@ -280,6 +284,7 @@ def _time_in_turns(
                 reason = f"failed when timed: {describe(error)}"
                 if name.startswith(OURS):
                     outcome.errors.append(f"{name}: {reason}")
+                    traceback.print_exc()
                 else:
                     outcome.absent[name] = reason
                 del runs[name], times[name]

@@ -26,6 +26,7 @@ WORKER = (sys.executable, "-m", "kernels_gpu.worker")
 MAX_SILENCE_S = 180.0  # longest wait for one peer to compile and run once
 EXIT_S = 30.0  # for a worker that has answered all to end
 MAX_WORKERS = 12
+LOG_LINES = 40  # of a worker's standard error that are shown if something was wrong
 _FOLDER = Path(__file__).resolve().parent.parent
 
 Handle = Callable[[dict[str, Any]], None]
@@ -46,7 +47,9 @@ def run_operator(
     for _ in range(MAX_WORKERS):
         watch = _Watch(handle, skipped)
         current = {**request, "excluded": excluded, "skipped": skipped}
-        ending = _run_worker(current, watch, command, max_silence_s)
+        ending, log = _run_worker(current, watch, command, max_silence_s)
+        if watch.has_errors or not watch.is_done:
+            print(log, file=sys.stderr)
         if watch.is_done:
             return
         reason = watch.reason or ending
@@ -72,6 +75,7 @@ class _Watch:
         self.peer = ""
         self.reason = ""
         self.is_done = False
+        self.has_errors = False
 
     def __call__(self, event: dict[str, Any]) -> None:
         kind = event["event"]
@@ -83,6 +87,7 @@ class _Watch:
             return
         if kind == "result":
             self.finished.append(event["problem"])
+            self.has_errors = self.has_errors or bool(event["errors"])
             self.peer = ""
         self.is_done = kind == "done"
         self.handle(event)
@@ -90,8 +95,8 @@ class _Watch:
 
 def _run_worker(
     request: dict[str, Any], handle: Handle, command: tuple[str, ...], max_silence_s: float
-) -> str:
-    """Run one worker to its end, which is described if it was not "done"."""
+) -> tuple[str, str]:
+    """Run one worker to its end: how it ended, and the end of what it wrote to standard error."""
     paths = [str(_FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
@@ -109,14 +114,18 @@ def _run_worker(
             with contextlib.suppress(BrokenPipeError):  # it is gone, as its exit code will say
                 process.stdin.write(json.dumps(request))
                 process.stdin.close()
-            if not _forward(process.stdout, handle, max_silence_s):
-                return f"no answer for {max_silence_s:.0f} s"
-            code = process.wait(timeout=EXIT_S)
+            if _forward(process.stdout, handle, max_silence_s):
+                ending = _describe_exit(process.wait(timeout=EXIT_S))
+            else:
+                ending = f"no answer for {max_silence_s:.0f} s"
         except subprocess.TimeoutExpired:
-            return "answers no more and does not end"
+            ending = "answers no more and does not end"
         finally:
             _end(process)
-        return f"{_describe_exit(code)}; {_last_line(log)}"
+        log.seek(0)
+        lines = [line.rstrip() for line in log if line.strip()][-LOG_LINES:]
+    last = lines[-1][:200] if lines else "nothing on standard error"
+    return f"{ending}; {last}", "\n".join(lines)
 
 
 def _forward(stream: IO[str], handle: Handle, max_silence_s: float) -> bool:
@@ -155,9 +164,3 @@ def _describe_exit(code: int) -> str:
     if code >= 0:
         return f"exit code {code}"
     return f"signal {signal.Signals(-code).name}"
-
-
-def _last_line(log: IO[str]) -> str:
-    log.seek(0)
-    lines = [line.strip() for line in log if line.strip()]
-    return lines[-1][:200] if lines else "nothing on standard error"

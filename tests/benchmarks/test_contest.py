@@ -112,13 +112,13 @@ def test_a_peer_that_fails_while_timed_is_named(monkeypatch):
         def forward():
             calls.append(1)
             if len(calls) > 2:
-                raise RuntimeError("out of memory\nmore")
+                raise RuntimeError("at 52:12:\n  x = y\nno memory")
             return run.phases["fwd"]()
 
         return Run({"fwd": forward, "bwd": run.phases["bwd"]})
 
     outcome, _ = hold([Peer("ours", double), Peer("peer", make)])
-    assert outcome.absent == {"peer": "failed when timed: RuntimeError: out of memory"}
+    assert outcome.absent == {"peer": "failed when timed: RuntimeError: at 52:12: ... no memory"}
     assert set(outcome.times_ms) == {"ours"} and len(outcome.times_ms["ours"]["fwd"]) > 1
 
 
@@ -148,3 +148,35 @@ def test_a_lost_gpu_ends_the_process_not_the_peer(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
     with pytest.raises(DeviceLostError, match="illegal memory access"):
         hold([Peer("ours", double)])
+
+
+def test_a_failure_of_ours_while_timed_is_an_error(monkeypatch):
+    monkeypatch.setattr(contest, "ROUNDS_S", 0.0)
+
+    def measure(call):
+        raise RuntimeError("launch failed")
+
+    outcome, _ = hold([Peer("ours", double)], measure)
+    assert outcome.errors == ["ours: failed when timed: RuntimeError: launch failed"]
+    assert outcome.times_ms == {}
+
+
+def test_gpu_time_starts_after_the_cache_was_flushed(monkeypatch):
+    order = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            order.append("event")
+
+        def elapsed_time(self, end):
+            return 1.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append("wait"))
+    monkeypatch.setattr(torch.Tensor, "zero_", lambda self: order.append(f"flush {len(self)}"))
+    measure = contest.cuda_measure(torch.device("cpu"), 64)
+    assert measure(lambda: order.append("call") or []) == (1.5, [])
+    assert order == ["flush 64", "event", "call", "event", "wait"]

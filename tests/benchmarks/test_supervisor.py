@@ -66,7 +66,7 @@ def test_a_lost_gpu_and_a_hang_cost_the_peers_their_places():
     first, second = results_of(events)
     assert first["excluded"] == second["excluded"]
     assert first["excluded"]["A"] == "ended the process: CUDA error: illegal address"
-    assert first["excluded"]["B"] == "ended the process: no answer for 5 s"
+    assert first["excluded"]["B"].startswith("ended the process: no answer for 5 s")
 
 
 def test_a_crash_of_ours_is_an_error_of_that_problem():
