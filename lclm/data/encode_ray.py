@@ -21,6 +21,8 @@ from lclm.data.readers import Unit
 
 __all__ = ["encode_on_ray"]
 
+CONNECT_SECONDS = 10.0
+
 
 def encode_on_ray(units: Iterable[Unit], state: WorkerState) -> Iterator[tuple[Unit, Encoded]]:
     """Encode units on the cluster of $RAY_ADDRESS, else one running here, else this machine alone.
@@ -71,12 +73,16 @@ def _connect() -> Any:
             f"--engine ray: needs the package ray, which is not installed ({error}); run: pip "
             "install lclm[ray], or leave the option out"
         ) from error
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
+        if port.isdigit():  # Ray itself would try for many minutes
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
         ray.init(log_to_driver=False, logging_level="warning")
-    except (ConnectionError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"--engine ray: no cluster at RAY_ADDRESS={os.environ.get('RAY_ADDRESS', '')} "
-            f"({error}); start one with ray start, or unset RAY_ADDRESS to use this machine alone"
+            f"--engine ray: no cluster at RAY_ADDRESS={address} ({error}); start one with ray "
+            "start, or unset RAY_ADDRESS to use this machine alone"
         ) from error
     return ray
 

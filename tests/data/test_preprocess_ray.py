@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from lclm.data.encode import EncodeOptions, encode_sources
-from lclm.data.encode_ray import _encode
+from lclm.data.encode_ray import _encode, encode_on_ray
 from lclm.data.encode_worker import WorkerState
 from lclm.data.readers import Unit, find_sources
 from lclm.data.tokenizer import load_tokenizer
@@ -120,6 +121,14 @@ def test_nodes_that_see_other_files_are_named(tmp_path, tokenizer_files):
         _encode((state, str(tmp_path)), Unit(0, 9, path=Path("none.jsonl"), end=9))
     with pytest.raises(ValueError, match=r"node .* has no .*/elsewhere; "):
         _encode((state, str(tmp_path / "elsewhere")), Unit(0, 9, lines=b"{}"))
+
+
+def test_an_address_without_a_cluster_is_refused_at_once(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ValueError, match=rf"no cluster at RAY_ADDRESS={address} .*unset RAY_ADD"):
+        next(encode_on_ray([], None))
 
 
 def test_workers_do_not_apply(tmp_path, tokenizer_files):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -39,14 +40,16 @@ def test_run_leaves_its_records(run_file: Path) -> None:
     folder = run_file.parent / "run"
     names = {path.name for path in folder.iterdir()}
     assert names >= {"config.resolved.toml", "metrics.jsonl", "checkpoints", "tensorboard"}
-    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == 2
+    assert all(0 <= record["data_seconds"] <= record["seconds"] for record in records)
     assert (folder / "checkpoints" / "latest").read_text() == "step_00000002\n"
 
 
 def test_dry_run_prints_the_numbers_and_trains_nothing(run_file: Path) -> None:
     result = call(str(run_file), "--dry-run", "--world-size", "4", "run.dir=never", "parallel.cp=2")
     assert result.returncode == 0, result.stderr
-    assert "4 ranks = tp 1 x cp 2 (auto, gather) x dp 2 x pp 1" in result.stdout
+    assert "4 ranks = tp 1 x cp 2 (auto, auto) x dp 2 x pp 1" in result.stdout
     assert "steps 5..8 of 256 tokens = 4 rows = 2 micro-batches on each of 2" in result.stdout
     assert not Path("never").exists()
 
