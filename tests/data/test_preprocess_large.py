@@ -246,6 +246,49 @@ def test_gigatoken_gives_the_same_bytes(tmp_path, tokenizer_files, kind):
     assert contents(tmp_path / "gigatoken" / "x") == contents(tmp_path / "standard" / "x")
 
 
+def train_sentencepiece(path, **options):
+    """A model with Llama 2's settings but for its size."""
+    import io
+
+    import sentencepiece
+
+    texts = write_lines(path.with_suffix(".txt"), 200)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*texts, *fast.PROBES, "the quick brown fox " * 9]),
+        model_writer=model,
+        vocab_size=420,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        byte_fallback=True,
+        allow_whitespace_only_pieces=True,
+        max_sentence_length=100_000,
+        minloglevel=2,
+        **options,
+    )
+    path.write_bytes(model.getvalue())
+    return path
+
+
+def test_gigatoken_gives_the_bytes_of_sentencepiece(tmp_path):
+    model = train_sentencepiece(tmp_path / "tokenizer.model", model_type="bpe")
+    write_lines(tmp_path / "a.jsonl", 300, seed=1)
+    with open(tmp_path / "a.jsonl", "a") as file:
+        for text in ("a</s> b<s>", "\u2581x \u2581", "x" + " " * 5000, *fast.PROBES):
+            file.write(json.dumps({"text": text}) + "\n")
+    for library in ("gigatoken", "standard"):
+        encode([tmp_path / "a.jsonl"], model, tmp_path / library / "x", library=library)
+    assert contents(tmp_path / "gigatoken" / "x") == contents(tmp_path / "standard" / "x")
+
+
+def test_sentencepiece_models_that_gigatoken_cannot_do_are_refused(tmp_path):
+    model = load_tokenizer(train_sentencepiece(tmp_path / "m", model_type="unigram"))
+    with pytest.raises(ValueError, match="only BPE sentencepiece models are supported"):
+        choose_library(model, "gigatoken", [])
+
+
 def test_a_library_that_differs_is_not_used_and_said(tokenizer_files, monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("lclm"), "propagate", True)
     tokenizer = load_tokenizer(tokenizer_files["tiktoken"])
