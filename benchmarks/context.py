@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from lclm.context.choice import compare_comms
+from lclm.context.choice import choose_fastest, compare_comms
 from lclm.context.cost import CostModel, least_worst_share, predict, traffic_share
 from lclm.context.lengths import LengthHistogram, read_histogram
 from lclm.context.machine import LINKS
@@ -199,14 +199,14 @@ def fastest_seconds(lengths: np.ndarray, cp_size: int, chunk: int, cost: CostMod
 
 
 def compare_ways(rows: list[np.ndarray], cp_size: int) -> list[dict[str, Any]]:
-    """One line per way of the keys, each with its best layout; the fastest of a link is named."""
+    """One line per way of the keys, with its best layout, and the links on which it is chosen."""
     by_link = {link: compare_comms("auto", rows, cp_size, cost) for link, cost in COSTS.items()}
     lines = []
     for comm in next(iter(by_link.values())):
         times = {link: 1e3 * found[comm] for link, found in by_link.items()}
-        best = [link for link, found in by_link.items() if found[comm] == min(found.values())]
-        name = f"way {comm}{' *' * len(best)}"
-        lines.append({"cp": cp_size, "strategy": name, "layer_ms": times, "fastest_on": best})
+        chosen = [link for link, found in by_link.items() if comm == choose_fastest(found)]
+        name = " ".join([f"way {comm}", *chosen])
+        lines.append({"cp": cp_size, "strategy": name, "layer_ms": times})
     return lines
 
 

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 from lclm.config import Config
-from lclm.context.choice import compare_comms
+from lclm.context.choice import choose_fastest, compare_comms
 from lclm.context.comm import Comm
 from lclm.context.lengths import read_histogram
 from lclm.context.machine import LINKS
@@ -121,7 +121,7 @@ class Bench:
                 total = torch.tensor(spent, dtype=torch.float64)
                 dist.all_reduce(total)
                 seconds[comm].append(tuple(total.tolist()))
-        best = min(predicted, key=lambda comm: predicted[comm])
+        best = choose_fastest(predicted)
         records = []
         for comm, spent in seconds.items():
             cpu, clock = np.array(spent[1:]).T  # the first is to warm up

@@ -114,7 +114,7 @@ class ParallelConfig(Section):
     """How keys meet queries. `ring`: only keys that some query of a rank sees travel to it, under
     the attention on those before. `ulysses`: all-to-all, each rank attends with some heads over the
     whole row. `ulysses_ring`: both, see `cp_ulysses`. `gather`: every rank collects all keys.
-    `auto`: for each stage what its first rows are predicted to be fastest with, by rates measured
+    `auto`: for each stage what some of its rows are predicted to be fast with, by rates measured
     at the start and kept in the run folder (context_rates.json)."""
     cp_ulysses: int = Field(default=0, ge=0)
     """`ulysses_ring` only: how many neighbouring context ranks share heads (best those of a node);

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lclm.config_file import load_config
-from lclm.context.choice import compare_comms
+from lclm.context.choice import choose_fastest, compare_comms
 from lclm.context.cost import CostModel, least_worst_share, predict, traffic_share
 from lclm.context.lengths import read_histogram
 from lclm.context.machine import LINKS, RATES_NAME, Machine, read_machine
@@ -27,9 +27,10 @@ columns: area is attention work, largest over mean of the ranks, mean and worst 
 perfect); share is the keys a rank receives over those of a full ring, worst rank and mean rank;
 least is what the worst rank cannot go below; layer ms is the predicted time of one layer's
 attention as a ring, forward and backward, on the slowest rank, exposed ms what of it is waiting.
-Below: the same time for every way the keys can go, each with the layout that is best for it, and
-the fastest marked, which parallel.cp_comm = "auto" takes. Rates are those of H100s (--link:
-joined by NVLink, or InfiniBand between nodes of eight) or what a trainer measured (--rates).
+Below: the same time for every way the keys can go, each with the layout that is best for it; the
+one marked is what parallel.cp_comm = "auto" takes: the fastest, or the ring if that is within 5 %.
+Rates are those of H100s (--link: joined by NVLink, or InfiniBand between nodes of eight) or what a
+trainer measured (--rates).
 
 examples:
   python tools/plan_context.py --histogram benchmarks/data/doc_lengths_magi.csv \\
@@ -165,11 +166,11 @@ def print_table(
 
 
 def print_comms(rows: Sequence[np.ndarray], cp_size: int, cost: CostModel) -> None:
-    """One line of all ways, the fastest marked."""
+    """One line of all ways, the chosen one marked."""
     found = compare_comms("auto", rows, cp_size, cost)
-    best = min(found.values())
+    chosen = choose_fastest(found)
     times = [
-        f"{comm} {1e3 * seconds:.3f}{'*' if seconds == best else ''}"
+        f"{comm} {1e3 * seconds:.3f}{'*' if comm == chosen else ''}"
         for comm, seconds in found.items()
     ]
     print(f"layer ms by way: {', '.join(times)}")

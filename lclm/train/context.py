@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from lclm.config import Config
 from lclm.context.attend import ContextParallel
-from lclm.context.choice import compare_comms
+from lclm.context.choice import choose_fastest, compare_comms
 from lclm.context.comm import Comm
 from lclm.context.cost import CostModel
 from lclm.context.machine import LINKS, RATES_NAME, Machine, load_machine
@@ -77,7 +77,7 @@ def find_machine(config: Config, mesh: Mesh) -> Machine:
 
 
 def choose_comm(config: Config, cost: CostModel, rows: Sequence[np.ndarray]) -> Comm:
-    """How queries meet keys: as configured, or what is predicted to be fastest for some rows.
+    """How queries meet keys: as configured, or what is predicted to be fast for some rows.
 
     Args:
         cost: of `attention_cost`.
@@ -89,7 +89,7 @@ def choose_comm(config: Config, cost: CostModel, rows: Sequence[np.ndarray]) -> 
         shared = {"ulysses": parallel.cp, "ulysses_ring": parallel.cp_ulysses}
         return Comm(parallel.cp_comm, shared.get(parallel.cp_comm, 1))
     found = compare_comms(parallel.cp_layout, rows, parallel.cp, cost)
-    comm = min(found, key=lambda comm: found[comm])
+    comm = choose_fastest(found)
     times = ", ".join(f"{way} {1e3 * seconds:.3g}" for way, seconds in found.items())
     logger.info(
         "cp_comm auto: %s, by predicted ms of a layer's attention, forward and backward, mean of "

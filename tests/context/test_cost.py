@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lclm.context.choice import compare_comms
+from lclm.context.choice import choose_fastest, compare_comms
 from lclm.context.comm import GATHER, RING, Comm, candidate_comms, predict_seconds
 from lclm.context.cost import CostModel, predict
 from lclm.context.machine import LINKS, Machine, Rate, load_machine, read_machine
@@ -119,13 +119,20 @@ def test_the_machine_decides() -> None:
     for name, machine in {**LINKS, "slow start": slow_start}.items():
         found = compare_comms("auto", rows, 16, replace(cost, machine=machine))
         assert next(iter(found)) == RING and len(found) == 6
-        best[name] = str(min(found, key=lambda comm: found[comm]))
+        best[name] = str(choose_fastest(found))
         assert found == compare_comms("auto", rows, 16, replace(cost, machine=machine))
     assert best == {
         "nvlink": "ring",
         "infiniband": "ulysses_ring(8)",
         "slow start": "ulysses",
     }
+
+
+def test_a_way_that_is_hardly_faster_is_not_preferred() -> None:
+    ways = (RING, Comm("ulysses_ring", 2), Comm("ulysses", 4))
+    assert choose_fastest(dict(zip(ways, (1.04, 1.0, 1.0), strict=True))) == RING
+    assert choose_fastest(dict(zip(ways, (1.06, 1.0, 1.04), strict=True))) == ways[1]
+    assert choose_fastest(dict(zip(ways, (1.06, 1.01, 1.0), strict=True))) == ways[2]
 
 
 def test_a_machine_is_read_as_it_was_written(tmp_path: Path) -> None:
