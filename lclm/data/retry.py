@@ -11,6 +11,7 @@ __all__ = ["RetryingFile", "try_again"]
 
 T = TypeVar("T")
 WAITS = (0.5, 2.0, 8.0, 30.0)  # seconds before each further try
+SLOW_SECONDS = 10.0  # of a read that is worth a line in the log
 _LOG = logging.getLogger("lclm.data")
 
 
@@ -58,15 +59,18 @@ class RetryingFile:
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115  open as long as the object
 
     def read(self, start: int, num_bytes: int) -> bytes:
-        """Bytes [start, start + num_bytes).
+        """Bytes [start, start + num_bytes); what takes long is named in the log.
 
         Raises:
             OSError: every try failed or gave fewer bytes; names the file.
         """
-        return try_again(
-            lambda: self._read_once(start, num_bytes),
-            f"{self.path}: bytes [{start}, {start + num_bytes}) cannot be read",
-        )
+        where = f"{self.path}: bytes [{start}, {start + num_bytes})"
+        began = time.perf_counter()
+        data = try_again(lambda: self._read_once(start, num_bytes), f"{where} cannot be read")
+        seconds = time.perf_counter() - began
+        if seconds > SLOW_SECONDS:
+            _LOG.warning("%s took %.1f s to read", where, seconds)
+        return data
 
     def _read_once(self, start: int, num_bytes: int) -> bytes:
         parts = []

@@ -93,6 +93,16 @@ def test_reads_are_tried_again_and_then_name_the_file(write_prefix, flaky, monke
         reader.read(1)
 
 
+def test_a_slow_read_is_named(write_prefix, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("lclm"), "propagate", True)
+    reader = IndexedReader(write_prefix("a", [5, 4]))
+    reader.read(1)
+    assert not caplog.records
+    monkeypatch.setattr(retry, "SLOW_SECONDS", 0.0)
+    reader.read(1)
+    assert "a.bin: bytes [20, 36) took 0.0 s to read" in caplog.text
+
+
 def test_a_file_cut_short_under_way_is_named(write_prefix, flaky):
     prefix = write_prefix("a", [5, 4])
     reader = IndexedReader(prefix)
