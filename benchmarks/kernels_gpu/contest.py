@@ -1,7 +1,6 @@
 """Contests: one problem, our operator and its peers, checked against the truth, timed in turns."""
 
 import gc
-import statistics
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -307,11 +306,6 @@ def _time_round(run: Run, measure: Measure) -> dict[str, float]:
         spent[phase], results = measure(call)
         del results
     return spent
-
-
-def medians(times_ms: dict[str, list[float]]) -> dict[str, float]:
-    """The median of each phase."""
-    return {phase: statistics.median(values) for phase, values in times_ms.items()}
 
 
 def cpu_measure(call: Callable[[], Tensors]) -> tuple[float, Tensors]:

@@ -23,7 +23,7 @@ from .contest import OURS
 __all__ = ["WORKER", "run_operator"]
 
 WORKER = (sys.executable, "-m", "kernels_gpu.worker")
-MAX_SILENCE_S = 180.0  # longest wait for one peer to compile and run once
+MAX_SILENCE_S = 150.0  # longest wait for one peer to compile and run once
 EXIT_S = 30.0  # for a worker that has answered all to end
 MAX_WORKERS = 12
 LOG_LINES = 40  # of a worker's standard error that are shown if something was wrong
