@@ -34,7 +34,9 @@ def main() -> int:
     """Parse the arguments and run where there is a GPU, else on the CPU."""
     parser = argparse.ArgumentParser(description="Time the operators, on a GPU if there is one.")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rows")
-    parser.add_argument("--op", nargs="+", choices=OPS, default=OPS, help="only these operators")
+    parser.add_argument(
+        "--op", nargs="+", metavar="NAME", choices=OPS, default=OPS, help=f"of {', '.join(OPS)}"
+    )
     arguments = parser.parse_args()
     command = shlex.join(["python", *sys.argv])
     if torch.cuda.is_available():
