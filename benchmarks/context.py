@@ -155,13 +155,12 @@ def print_table(title: str, lines: list[dict[str, Any]]) -> None:
         f"{'least':>6}   {'NVLink ms':>9} {'IB ms':>9}   {'plan ms':>8} {'worst':>8}"
     )
     for line in lines:
-        start = f"{line['cp']:>4} {line['strategy']:<22} "
         times = " ".join(f"{ms:9.3f}" for ms in line["layer_ms"].values())
         if "area_mean" not in line:
-            print(f"{start}{'':36}{times}")
+            print(f"{line['cp']:>4} {line['strategy']:<59}{times}")
             continue
         print(
-            f"{start}{line['area_mean']:6.3f} "
+            f"{line['cp']:>4} {line['strategy']:<22} {line['area_mean']:6.3f} "
             f"{line['area_worst']:6.3f}   {line['worst_share']:6.3f} {line['mean_share']:6.3f} "
             f"{line['least_worst_share']:6.3f}   {times}   {line['plan_ms']:8.2f} "
             f"{line['plan_ms_worst']:8.2f}"

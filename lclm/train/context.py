@@ -59,7 +59,7 @@ def find_machine(config: Config, mesh: Mesh) -> Machine:
     if mesh.cp_size == 1 or "auto" not in (parallel.cp_layout, parallel.cp_comm):
         return LINKS["nvlink"]
     path, made_for = Path(config.run.dir) / RATES_NAME, _describe(config, mesh)
-    known = [_read(path, made_for) if mesh.rank == 0 else None]
+    known = [read_rates(path, made_for) if mesh.rank == 0 else None]
     dist.broadcast_object_list(known)
     if known[0] is not None:
         machine = load_machine(known[0])
@@ -130,8 +130,12 @@ def _describe(config: Config, mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def _read(path: Path, made_for: dict[str, Any]) -> dict[str, Any] | None:
-    """The machine in a file, if it was measured for this."""
+def read_rates(path: Path, made_for: dict[str, Any]) -> dict[str, Any] | None:
+    """Numbers of the machine in a file, if there is one and it was measured for this.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
     if not path.is_file():
         return None
     try:
