@@ -39,13 +39,14 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two stages over two domains; the second stage starts with fresh optimizer state."""
+    """Two stages over two domains: shares change within the first, the second starts with fresh
+    optimizer state."""
     folder = tmp_path_factory.mktemp("resume")
     a = write_domain(folder / "a", num_docs=60, max_length=90, seed=1)
     b = write_domain(folder / "b", num_docs=40, max_length=700, seed=2)
     first = [
-        {"prefix": a, "packing": "concat", "share": 0.5},
-        {"prefix": b, "packing": "exact", "piece_length": 32, "share": 0.5},
+        {"prefix": a, "packing": "concat", "share": [0.75, 0.25]},
+        {"prefix": b, "packing": "exact", "piece_length": 32, "share": [0.25, 0.75]},
     ]
     second = [
         {"prefix": a, "packing": "concat", "share": 0.25},

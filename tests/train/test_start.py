@@ -11,7 +11,7 @@ import pytest
 from lclm.config import Config, ConfigError
 from lclm.data.indexed import IndexedWriter
 from lclm.data.tokenizer import load_tokenizer
-from lclm.train.stages import plan_stages, plan_validation
+from lclm.train.stages import missing_data, plan_stages, plan_validation
 from lclm.train.start import find_start
 from tests.train.tiny import VOCAB_SIZE, tiny_config
 
@@ -99,3 +99,9 @@ def test_held_out_rows_are_looked_at_too(tmp_path: Path) -> None:
     config = config_of(tmp_path, prefix, validation__rows_per_domain=1)
     with pytest.raises(ValueError, match=r"a\.bin: .* hold ids from 96 to 96"):
         plan_validation(config)[0][0].row(0)
+
+
+def test_urls_are_not_missing_before_they_are_asked_for(tmp_path: Path) -> None:
+    prefix = write(tmp_path / "a", None)
+    config = config_of(tmp_path, prefix, "s3://bucket/books", "absent")
+    assert missing_data(config) == ["absent.idx"]
