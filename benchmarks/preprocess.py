@@ -22,7 +22,7 @@ from typing import Any
 
 from measure import record, run_measured
 
-from lclm.data.fast import Encoder, choose_library, make_plain_json
+from lclm.data.fast import choose_library, load_gigatoken, make_plain_json
 from lclm.data.tokenizer import load_tokenizer
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "preprocess_data.py"
@@ -47,18 +47,19 @@ def bench_speed(arguments: argparse.Namespace) -> None:
     os.environ["RAYON_NUM_THREADS"] = "1"
     tokenizer = load_tokenizer(arguments.tokenizer)
     with open(arguments.input, encoding="utf-8") as file:
-        texts = [json.loads(line)["text"] for line in file]
-    num_bytes = sum(len(text.encode()) for text in texts)
-    plain_json = choose_library(tokenizer, "gigatoken", texts[:8])
+        texts = [json.loads(line)["text"].encode() for line in file]
+    num_bytes = sum(map(len, texts))
+    plain_json = choose_library(tokenizer, "gigatoken", [text.decode() for text in texts[:8]])
+    assert plain_json is not None, "gigatoken was asked for by name"
     cpu: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         line = Path(folder) / "line.jsonl"
         line.write_text(json.dumps({"text": "a line"}) + "\n", encoding="utf-8")
         for _ in range(arguments.repeats):  # interleaved, so that all see the same load
-            encoder = Encoder(tokenizer, plain_json)
+            raw = load_gigatoken(plain_json)
             for state in ("fresh", "warm"):
                 start = time.process_time()
-                num_tokens = sum(len(ids) for ids in encoder.encode(texts))
+                num_tokens = sum(len(raw.encode(text)) for text in texts)
                 cpu.setdefault(f"raw {state}", []).append(time.process_time() - start)
             for workers in arguments.workers:
                 once, twice, nothing = (
@@ -70,13 +71,13 @@ def bench_speed(arguments: argparse.Namespace) -> None:
                 cpu.setdefault(f"tool {workers} start", []).append(nothing)
     rows = []
     for state in ("fresh", "warm"):
-        raw = cpu[f"raw {state}"]
+        floors = cpu[f"raw {state}"]
         about = {"state": state, "input_bytes": num_bytes, "tokens": num_tokens}
-        speed = num_bytes / statistics.median(raw) / 1e6
+        speed = num_bytes / statistics.median(floors) / 1e6
         rows.append({"what": "raw tokenizer", **about, "mb_per_core_second": speed})
         for workers in arguments.workers:
             tool, start = cpu[f"tool {workers} {state}"], cpu[f"tool {workers} start"]
-            ratios = [floor / seconds for floor, seconds in zip(raw, tool)]
+            ratios = [floor / seconds for floor, seconds in zip(floors, tool)]
             rows.append(
                 {
                     "what": f"preprocess_data --workers {workers}",

@@ -15,12 +15,15 @@ BLOCK = 64  # bytes written at once, beyond the text too
 BLANK, LEFT = 1, 2  # of json_lines.cpp
 
 
-def json_texts(data: bytes, key: str) -> Iterator[str | slice | None]:
+def json_texts(
+    data: bytes, key: str, as_utf8: bool = False
+) -> Iterator[str | bytes | slice | None]:
     """The string under a key of each line's object.
 
     Args:
         data: lines, each one JSON object.
         key: of the object itself, not of objects in it.
+        as_utf8: give bytes.
 
     Yields:
         One item per line: the string; None for a line of white space; the line's place in data
@@ -51,7 +54,8 @@ def json_texts(data: bytes, key: str) -> Iterator[str | slice | None]:
             elif kind == LEFT:
                 yield slice(start, line_end)
             else:
-                yield str(view[first:text_end], "utf-8")
+                text_of_line = view[first:text_end]
+                yield bytes(text_of_line) if as_utf8 else str(text_of_line, "utf-8")
             start, first = line_end + 1, text_end
 
 

@@ -18,15 +18,21 @@ __all__ = ["read_records", "read_unit"]
 PARQUET_ROWS = 256  # read at once
 
 
-def read_unit(unit: Unit, keys: Sequence[str]) -> Iterator[tuple[str, ...] | Problem | None]:
+def read_unit(
+    unit: Unit, keys: Sequence[str], as_utf8: bool = False
+) -> Iterator[tuple[Any, ...] | Problem | None]:
     """The documents of a unit, or what is wrong with a line or file.
+
+    With as_utf8 a text may be the bytes of its UTF-8, where that saves decoding it; else it is str.
 
     Yields one item per line of a JSON-lines file (None for a blank line) and one per document of
     other files (a tuple of one text), with a Problem before it for every file left out.
     """
     if unit.path is not None:
-        read = _read_rows if unit.path.name.lower().endswith(PARQUET) else _read_lines
-        yield from read(unit, unit.path, keys)
+        if unit.path.name.lower().endswith(PARQUET):
+            yield from _read_rows(unit, unit.path, keys)
+        else:
+            yield from _read_lines(unit, unit.path, keys, as_utf8)
     for files in unit.documents:
         yield from _read_document(files, unit.is_folder)
 
@@ -54,17 +60,17 @@ def _bytes_of(unit: Unit, path: Path) -> bytes:
 
 
 def _read_lines(
-    unit: Unit, path: Path, keys: Sequence[str]
-) -> Iterator[tuple[str, ...] | Problem | None]:
+    unit: Unit, path: Path, keys: Sequence[str], as_utf8: bool
+) -> Iterator[tuple[Any, ...] | Problem | None]:
     data = _bytes_of(unit, path)
-    columns = [json_texts(data, key) for key in keys]
+    columns = [json_texts(data, key, as_utf8) for key in keys]
     for number, texts in enumerate(zip(*columns), start=1):
-        if all(type(text) is str for text in texts):
-            yield texts
-        elif texts[0] is None:
+        place = next((text for text in texts if type(text) is slice), None)
+        if texts[0] is None:
             yield None
+        elif place is None:
+            yield texts
         else:
-            place = next(text for text in texts if isinstance(text, slice))
             try:
                 yield _texts_of_line(data[place], keys)
             except ValueError as error:

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from lclm.data.documents import read_unit
-from lclm.data.fast import Encoder, Library
+from lclm.data.fast import Encoder, Library, Text
 from lclm.data.indexed import dtype_for_vocab
 from lclm.data.readers import Problem, Unit
 
@@ -89,10 +89,10 @@ class Worker:
         done.num_bytes = [tokens.nbytes for tokens in done.tokens]
         return done
 
-    def _batches(self, unit: Unit, done: Encoded) -> Iterator[list[tuple[str, ...]]]:
-        batch: list[tuple[str, ...]] = []
+    def _batches(self, unit: Unit, done: Encoded) -> Iterator[list[tuple[Text, ...]]]:
+        batch: list[tuple[Text, ...]] = []
         num_chars = 0
-        for item in read_unit(unit, self._options.json_keys):
+        for item in read_unit(unit, self._options.json_keys, as_utf8=True):
             done.num_lines += 1
             if isinstance(item, Problem):
                 done.problems.append(item)
@@ -108,7 +108,7 @@ class Worker:
             yield batch
 
     def _encode_texts(
-        self, texts: Sequence[str], key: int, end: int, lengths: list[int], done: Encoded
+        self, texts: Sequence[Text], key: int, end: int, lengths: list[int], done: Encoded
     ) -> int:
         """Put the tokens of the texts that are kept behind those there; the new end."""
         low, high = self._options.min_tokens, self._options.max_tokens

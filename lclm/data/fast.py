@@ -25,9 +25,10 @@ from lclm.data.tokenizer import (
     without_spellable_specials,
 )
 
-__all__ = ["Encoder", "Library", "choose_library", "make_plain_json"]
+__all__ = ["Encoder", "Library", "Text", "choose_library", "load_gigatoken", "make_plain_json"]
 
 Library = Literal["auto", "gigatoken", "standard"]
+Text = str | bytes  # bytes: its UTF-8
 
 SAMPLE_CHARS = 1 << 16  # of one text of the input; the ordinary libraries do some MB a second
 PROBES = (
@@ -138,40 +139,50 @@ class Encoder:
             plain_json: from `make_plain_json`; None: the ordinary library encodes.
         """
         self._tokenizer = tokenizer
-        self._fast = None if plain_json is None else _load_gigatoken(plain_json)
+        self._fast = None if plain_json is None else load_gigatoken(plain_json)
 
     def _standard(self) -> Tokenizer:
         if isinstance(self._tokenizer, str):
             self._tokenizer = load_tokenizer(self._tokenizer)
         return self._tokenizer
 
-    def encode(self, texts: Sequence[str]) -> Iterable[np.ndarray]:
+    def encode(self, texts: Sequence[Text]) -> Iterable[np.ndarray]:
         """Ids of each text, uint32."""
         if self._fast is None:
-            for ids in self._standard().encode_batch(list(texts)):
+            for ids in self._standard().encode_batch([_decoded(text) for text in texts]):
                 yield np.array(ids, np.uint32)
             return
         for text in texts:
             if _has_long_white_space(text):  # cut there by the ordinary library only
-                yield np.array(self._standard().encode(text), np.uint32)
+                yield np.array(self._standard().encode(_decoded(text)), np.uint32)
             else:
                 yield self._fast.encode(text)
 
 
-def _has_long_white_space(text: str) -> bool:
+def _decoded(text: Text) -> str:
+    return text if isinstance(text, str) else text.decode("utf-8")
+
+
+def _has_long_white_space(text: Text) -> bool:
     """Whether MAX_WHITE_SPACE characters in a row are white space.
 
-    Such a run covers a whole block of half its length, so most texts cost a look at one character
-    of each block.
+    Such a run covers a whole block of half its length, so most texts cost a look at the start of
+    each block.
     """
     block = MAX_WHITE_SPACE // 2
+
+    def is_space(start: int, size: int) -> bool:
+        piece = text[start : start + size]
+        # characters cut at either end do not count
+        return (piece if isinstance(piece, str) else piece.decode("utf-8", "ignore")).isspace()
+
     starts = range(0, len(text) - block + 1, block)
-    return any(
-        text[start].isspace() and text[start : start + block].isspace() for start in starts
-    ) and bool(re.search(rf"\s{{{MAX_WHITE_SPACE}}}", text))
+    if not any(is_space(start, 8) and is_space(start, block) for start in starts):
+        return False
+    return re.search(rf"\s{{{MAX_WHITE_SPACE}}}", _decoded(text)) is not None
 
 
-def _load_gigatoken(plain_json: str) -> Any:
+def load_gigatoken(plain_json: str) -> Any:
     """gigatoken's tokenizer; any failure, a Rust panic too, is a ValueError."""
     try:
         module = importlib.import_module("gigatoken.gigatoken_rs")

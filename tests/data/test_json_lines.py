@@ -74,6 +74,8 @@ def check(data, key="text"):
             left += 1
         else:
             assert (item,) == _texts_slowly(line, (key,))
+    as_bytes = [item.encode() if isinstance(item, str) else item for item in items]
+    assert list(json_texts(data, key, as_utf8=True)) == as_bytes
     return left
 
 

@@ -238,7 +238,14 @@ def test_a_full_disk_keeps_the_old_files(tmp_path, tokenizer_files):
 def test_gigatoken_gives_the_same_bytes(tmp_path, tokenizer_files, kind):
     write_lines(tmp_path / "a.jsonl", 300)
     with open(tmp_path / "a.jsonl", "a") as file:
-        for text in ("a <|end_of_text|> b", " " * 250_000, "x" + "\n" * 100_000, *fast.PROBES):
+        spaces = "\u00e9" * 11 + "\u3000 " * 50_001 + "x"  # blocks begin inside a character
+        for text in (
+            "a <|end_of_text|> b",
+            " " * 250_000,
+            "x" + "\n" * 100_000,
+            spaces,
+            *fast.PROBES,
+        ):
             file.write(json.dumps({"text": text}) + "\n")
     for library in ("gigatoken", "standard"):
         prefix = tmp_path / library / "x"
