@@ -41,6 +41,11 @@ class Tiling:
 # makes of them (tests/aot): the largest tiles that keep the accumulators in registers and leave
 # shared memory for two stages. A program has 227 KiB on sm_90, those that read by pointers stay
 # below the 99 KiB of sm_86 and sm_89. fp32 is exact (no tf32) and goes without tensor cores.
+_FWD_BY_POINTERS = {
+    64: Tiling(128, 64, 8, 2),
+    128: Tiling(64, 64, 4, 2),
+    256: Tiling(64, 32, 8, 2),
+}
 _TILINGS: dict[tuple[str, str], dict[int, Tiling]] = {
     ("fwd", "tma"): {
         64: Tiling(128, 128, 8, 3),
@@ -62,16 +67,8 @@ _TILINGS: dict[tuple[str, str], dict[int, Tiling]] = {
         128: Tiling(64, 128, 8, 2),
         256: Tiling(32, 64, 8, 2),
     },
-    ("fwd", "pointers"): {
-        64: Tiling(128, 64, 8, 2),
-        128: Tiling(64, 64, 4, 2),
-        256: Tiling(64, 32, 8, 2),
-    },
-    ("carry", "pointers"): {
-        64: Tiling(128, 64, 8, 2),
-        128: Tiling(128, 32, 8, 2),
-        256: Tiling(64, 32, 8, 2),
-    },
+    ("fwd", "pointers"): _FWD_BY_POINTERS,
+    ("carry", "pointers"): _FWD_BY_POINTERS,
     ("dq", "pointers"): {
         64: Tiling(128, 64, 8, 2),
         128: Tiling(128, 32, 8, 2),
@@ -83,7 +80,7 @@ _TILINGS: dict[tuple[str, str], dict[int, Tiling]] = {
         256: Tiling(16, 32, 8, 2),
     },
 }
-_FP32_TILINGS = {64: Tiling(32, 32, 8, 1), 128: Tiling(32, 32, 8, 1), 256: Tiling(16, 16, 8, 1)}
+_FP32_STEPS = {64: 32, 128: 16, 256: 16}  # beside tiles of 32 rows
 
 
 def refuse_triton(head_dim: int, scale: float, device: torch.device) -> str:
@@ -126,7 +123,8 @@ def padded_head_dim(head_dim: int) -> int:
 def choose_tiling(direction: str, head_dim: int, dtype: torch.dtype, use_tma: bool) -> Tiling:
     """The tile of the kernel "fwd", "carry" (fwd with a carry), "dq" or "dkdv"."""
     if dtype.itemsize != 2:
-        return _FP32_TILINGS[padded_head_dim(head_dim)]
+        step = _FP32_STEPS[padded_head_dim(head_dim)]
+        return Tiling(step, 32, 8, 1) if direction == "dkdv" else Tiling(32, step, 8, 1)
     return _TILINGS[direction, "tma" if use_tma else "pointers"][padded_head_dim(head_dim)]
 
 

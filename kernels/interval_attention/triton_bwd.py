@@ -254,7 +254,10 @@ def _dkdv_step(
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Add to dk (without the factor scale) and dv what flows from the rows from i_row on."""
+    """Add to dk (without the factor scale) and dv what flows from the rows from i_row on.
+
+    lse and delta are read where they are needed: a thread holds 16 numbers of each.
+    """
     o_row = i_row + tl.arange(0, BLOCK_T)
     b_q = load_block(
         q, i_n, i_row, q_stride_t, q_stride_n, num_queries,
@@ -264,15 +267,15 @@ def _dkdv_step(
         dout, i_n, i_row, dout_stride_t, dout_stride_n, num_queries,
         BLOCK_T, HEAD_DIM, BLOCK_H, USE_TMA, MASKED,
     )  # fmt: skip
-    b_lse = _load_stats(stats, i_n, i_row, stats_stride, BLOCK_T, USE_TMA)
-    b_delta = _load_stats(stats, num_heads + i_n, i_row, stats_stride, BLOCK_T, USE_TMA)
     b_score = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BLOCK_S, BLOCK_T]
+    b_lse = _load_stats(stats, i_n, i_row, stats_stride, BLOCK_T, USE_TMA)
     b_share = tl.exp2(b_score * scale_log2 - b_lse[None, :])
     if MASKED:
         m_seen = (o_row[None, :] >= b_from[:, None]) & (o_row[None, :] < b_until[:, None])
         b_share = tl.where(m_seen, b_share, 0.0)
     b_dv = tl.dot(b_share.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
     b_dshare = tl.dot(b_v, tl.trans(b_dout), input_precision=PRECISION)
+    b_delta = _load_stats(stats, num_heads + i_n, i_row, stats_stride, BLOCK_T, USE_TMA)
     b_dscore = b_share * (b_dshare - b_delta[None, :])
     b_dk = tl.dot(b_dscore.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
     return b_dk, b_dv
@@ -322,9 +325,9 @@ def attention_dkdv_kernel(
     """
     scale_log2 = scale * LOG2_E
     num_heads = num_kv_heads * num_groups
-    i_item = tl.program_id(0)
-    i_k = i_item // num_tiles
-    i_tile, begin, full_begin, full_end, end = read_tile(tiles_ptr, i_item % num_tiles)
+    i_k = tl.program_id(0) // num_tiles
+    i_place = tl.program_id(0) % num_tiles
+    i_tile, begin, full_begin, full_end, end = read_tile(tiles_ptr, i_place)
     i_key = i_tile * BLOCK_S
     o_key = i_key + tl.arange(0, BLOCK_S)
     b_from = tl.load(from_ptr + o_key, mask=o_key < num_keys, other=0)
@@ -339,28 +342,37 @@ def attention_dkdv_kernel(
     )  # fmt: skip
     b_dk = tl.zeros([BLOCK_S, BLOCK_H], tl.float32)
     b_dv = tl.zeros([BLOCK_S, BLOCK_H], tl.float32)
+    # One loop over heads and steps, so that loads run ahead from one head to the next.
     num_masked = num_masked_steps(begin, full_begin, full_end, end, BLOCK_T)
-    for i_n in range(i_k * num_groups, (i_k + 1) * num_groups):
-        for i_step in range(num_masked):
-            i_row = masked_start(i_step, begin, full_begin, full_end, BLOCK_T)
-            b_dk, b_dv = _dkdv_step(
-                b_dk, b_dv, b_k, b_v, b_from, b_until, q, dout, stats, i_n, i_row,
-                q_stride_t, q_stride_n, dout_stride_t, dout_stride_n,
-                num_queries, num_heads, stats_stride, scale_log2,
-                BLOCK_T, HEAD_DIM, BLOCK_H, USE_TMA, PRECISION, True,
-            )  # fmt: skip
-    for i_n in range(i_k * num_groups, (i_k + 1) * num_groups):
-        for i_row in range(full_begin, full_end, BLOCK_T):
-            b_dk, b_dv = _dkdv_step(
-                b_dk, b_dv, b_k, b_v, b_from, b_until, q, dout, stats, i_n, i_row,
-                q_stride_t, q_stride_n, dout_stride_t, dout_stride_n,
-                num_queries, num_heads, stats_stride, scale_log2,
-                BLOCK_T, HEAD_DIM, BLOCK_H, USE_TMA, PRECISION, False,
-            )  # fmt: skip
-    # Registers are short here: what only the sums below need is made from a second read of the
-    # tile's number, or it would be kept through the loops; a reduction without a result needs no
-    # registers for what was there. Nobody else adds to these addresses, so the order is fixed.
-    i_key = tl.load(tiles_ptr + i_item % num_tiles * TILE_WORDS, volatile=True) * BLOCK_S
+    i_n = i_k * num_groups
+    i_step = 0
+    for _ in range(num_groups * num_masked):
+        i_row = masked_start(i_step, begin, full_begin, full_end, BLOCK_T)
+        b_dk, b_dv = _dkdv_step(
+            b_dk, b_dv, b_k, b_v, b_from, b_until, q, dout, stats, i_n, i_row,
+            q_stride_t, q_stride_n, dout_stride_t, dout_stride_n,
+            num_queries, num_heads, stats_stride, scale_log2,
+            BLOCK_T, HEAD_DIM, BLOCK_H, USE_TMA, PRECISION, True,
+        )  # fmt: skip
+        is_last = i_step == num_masked - 1
+        i_n = tl.where(is_last, i_n + 1, i_n)
+        i_step = tl.where(is_last, 0, i_step + 1)
+    i_n = i_k * num_groups
+    i_row = full_begin
+    for _ in range(num_groups * ((full_end - full_begin) // BLOCK_T)):
+        b_dk, b_dv = _dkdv_step(
+            b_dk, b_dv, b_k, b_v, b_from, b_until, q, dout, stats, i_n, i_row,
+            q_stride_t, q_stride_n, dout_stride_t, dout_stride_n,
+            num_queries, num_heads, stats_stride, scale_log2,
+            BLOCK_T, HEAD_DIM, BLOCK_H, USE_TMA, PRECISION, False,
+        )  # fmt: skip
+        is_last = i_row == full_end - BLOCK_T
+        i_n = tl.where(is_last, i_n + 1, i_n)
+        i_row = tl.where(is_last, full_begin, i_row + BLOCK_T)
+    # What only the end needs is made from a second read of the tile's number, see triton_fwd.py. A
+    # reduction without a result needs no registers for what was there; nobody else adds to these
+    # addresses, so the order is fixed.
+    i_key = tl.load(tiles_ptr + i_place * TILE_WORDS, volatile=True) * BLOCK_S
     o_key = i_key + tl.arange(0, BLOCK_S)
     m_key = (o_key < num_keys)[:, None] & (tl.arange(0, BLOCK_H) < HEAD_DIM)[None, :]
     p_dk = block_pointers(dk_ptr, i_k, i_key, dk_stride_s, dk_stride_k, BLOCK_S, BLOCK_H)

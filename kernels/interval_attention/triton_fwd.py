@@ -10,8 +10,9 @@ What is common to the attention kernels, forward and backward:
   ends; they are the only ones where a row may have seen nothing yet.
 - One program per item, in the order in which the hardware starts them: kv head by kv head, so
   that its keys stay in L2, longest tile first, so that what starts last is short; the G query heads
-  of a tile are neighbours. A loop over items from a counter inside resident programs does the same
-  and costs 24 to 46 registers (sm_90a, H = 128), which makes the dk and dv kernel spill.
+  of a tile are neighbours. Resident programs that loop over every n-th item, a list of their own
+  or items from a counter give the same order and balance, but (sm_90a, H = 128) dq takes 58
+  registers more and the dk and dv kernel spills 40 to 64 bytes.
 - Each result is made by one program in a fixed order: the same inputs give the same bits.
 - A source (q, k, v, dout) is a TMA descriptor of [heads, rows, H], or a pointer with 64-bit
   offsets. Rows and columns beyond its shape are read as 0.
@@ -208,15 +209,13 @@ def attention_fwd_kernel(
     i_k = i_item // num_per_head
     i_rest = i_item % num_per_head
     i_n = i_k * num_groups + i_rest % num_groups
-    i_tile, begin, full_begin, full_end, end = read_tile(tiles_ptr, i_rest // num_groups)
+    i_place = i_rest // num_groups
+    i_tile, begin, full_begin, full_end, end = read_tile(tiles_ptr, i_place)
     i_row = i_tile * BLOCK_T
     o_row = i_row + tl.arange(0, BLOCK_T)
     m_row = o_row < num_queries
     b_lo = tl.load(lo_ptr + o_row, mask=m_row, other=0)
     b_hi = tl.load(hi_ptr + o_row, mask=m_row, other=0)
-    m_out = m_row[:, None] & (tl.arange(0, BLOCK_H) < HEAD_DIM)[None, :]
-    p_out = block_pointers(out_ptr, i_n, i_row, out_stride_t, out_stride_n, BLOCK_T, BLOCK_H)
-    p_lse = lse_ptr + tl.cast(i_n, tl.int64) * lse_stride_n + o_row.to(tl.int64) * lse_stride_t
     b_max = tl.full([BLOCK_T], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_T], tl.float32)
     b_acc = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
@@ -237,12 +236,20 @@ def attention_fwd_kernel(
             k_stride_s, k_stride_k, v_stride_s, v_stride_k, num_keys, scale_log2,
             BLOCK_S, HEAD_DIM, BLOCK_H, USE_TMA, PRECISION, False,
         )  # fmt: skip
+    # What only the end needs is made from a second read of the tile's number, which the compiler
+    # cannot merge with the first: through the loops it would cost up to 40 registers.
+    i_row = tl.load(tiles_ptr + i_place * TILE_WORDS, volatile=True) * BLOCK_T
+    o_row = i_row + tl.arange(0, BLOCK_T)
+    m_row = o_row < num_queries
+    m_out = m_row[:, None] & (tl.arange(0, BLOCK_H) < HEAD_DIM)[None, :]
+    p_out = block_pointers(out_ptr, i_n, i_row, out_stride_t, out_stride_n, BLOCK_T, BLOCK_H)
+    p_lse = lse_ptr + tl.cast(i_n, tl.int64) * lse_stride_n + o_row.to(tl.int64) * lse_stride_t
     # A row that has seen nothing: out 0 / 1, lse -inf + 0.
     b_total = tl.where(b_sum == 0.0, 1.0, b_sum)
     b_lse = b_max + tl.log2(b_total)
     if HAS_CARRY:  # joins here, not at the start: the accumulators of the loops stay in registers
-        m_row = m_row & (b_lo < b_hi)  # what sees nothing here keeps its bits
-        m_out = m_out & (b_lo < b_hi)[:, None]
+        m_row = m_row & (b_sum != 0.0)  # a row that has seen nothing keeps its bits
+        m_out = m_out & (b_sum != 0.0)[:, None]
         b_old_lse = tl.load(p_lse, mask=m_row, other=0.0) * LOG2_E
         b_top = tl.maximum(b_lse, b_old_lse)
         b_old = tl.exp2(b_old_lse - b_top)
