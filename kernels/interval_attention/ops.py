@@ -7,6 +7,7 @@ fp32, for fp64 inputs fp64. `triton_impl` is imported where it is called: Triton
 import math
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from ..backend import AUTO, Candidate, choose, triton_candidate
 from .cpu_impl import cpu_bwd, cpu_fwd
@@ -53,7 +54,8 @@ def forward(
         nothing has out 0 and lse -inf.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together or the implementation.
+        ValueError: shapes, dtypes or devices do not fit together or the implementation, an input
+            requires grad, or the carry does not hold each of its numbers in a place of its own.
     """
     _check_qkv(q_TNH, k_SKH, v_SKH, plan, scale)
     chosen = _choose(q_TNH, scale, implementation)
@@ -113,7 +115,7 @@ def backward(
         deterministic: the same inputs give the same bits; all but "sdpa" always do.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together or the implementation, or a
+        ValueError: as in `forward`, of the accumulators what it says of the carry; or a
             deterministic run was asked of "sdpa".
     """
     _check_qkv(q, k, v, plan, scale)
@@ -152,6 +154,7 @@ class _IntervalAttentionFunction(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):
         q, k, v, out, lse = ctx.saved_tensors
         plan, scale, implementation = ctx.arguments
@@ -177,7 +180,8 @@ def interval_attention(
 ) -> torch.Tensor:
     """Attend from each query to its interval of the keys, with autograd, keys on one shard.
 
-    Arguments and errors as in `forward`. Returns out [T, N, H] in q's dtype.
+    Arguments and errors as in `forward`. Returns out [T, N, H] in q's dtype. Its gradient cannot be
+    differentiated again; torch says so.
     """
     return _IntervalAttentionFunction.apply(q, k, v, plan, scale, implementation)
 
@@ -206,10 +210,19 @@ def _check_accumulator(
     name: str, x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
     _check(name, x, shape, dtype, device)
+    _check_no_grad(name, x)
+    if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride())):
+        raise ValueError(
+            f"{_WHERE}{name} {list(shape)} of strides {list(x.stride())} is expanded: several of "
+            "its elements share one place, which cannot be added to; clone it"
+        )
+
+
+def _check_no_grad(name: str, x: torch.Tensor) -> None:
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"{_WHERE}{name} {list(shape)} requires grad and is written in place, which autograd "
-            "would not see; call under torch.no_grad() or use interval_attention()"
+            f"{_WHERE}{name} {list(x.shape)} requires grad, and autograd does not see what happens "
+            "to it here; call under torch.no_grad() or use interval_attention()"
         )
 
 
@@ -239,5 +252,7 @@ def _check_qkv(
             f"{_WHERE}the plan is for {plan.num_queries} queries and {plan.num_keys} keys, got "
             f"{num_queries} and {num_keys}; build it from this shard's intervals"
         )
+    for name, x in (("q", q_TNH), ("k", k_SKH), ("v", v_SKH)):
+        _check_no_grad(name, x)
     if not math.isfinite(scale):
         raise ValueError(f"{_WHERE}scale must be finite, got {scale}; H ** -0.5 is usual")

@@ -7,6 +7,7 @@ exist for one chunk at a time.
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
 from ..backend import AUTO, Candidate, choose, triton_candidate
 from .reference import IGNORED_LABEL, chunk_dlogits_reference, chunk_loss_reference
@@ -55,7 +56,7 @@ def linear_cross_entropy(
             serve them, or a label is in no shard. The latter is found
             on CPU tensors only; on a GPU it makes the loss NaN instead of waiting for the device.
     """
-    _check_inputs(hidden, weight, labels, chunk_tokens, label_weights)
+    _check_inputs(hidden, weight, labels, vocab_start, chunk_tokens, label_weights)
     chosen = _choose(implementation, hidden)
     is_counted = labels != IGNORED_LABEL
     token_weights = is_counted.to(_loss_dtype(hidden))
@@ -82,7 +83,7 @@ def per_token_loss(
 
     Arguments and errors as in `linear_cross_entropy`.
     """
-    _check_inputs(hidden, weight, labels, chunk_tokens, None)
+    _check_inputs(hidden, weight, labels, vocab_start, chunk_tokens, None)
     chosen = _choose(implementation, hidden)
     losses = torch.zeros(hidden.shape[0], dtype=_loss_dtype(hidden), device=hidden.device)
     for start in range(0, hidden.shape[0], chunk_tokens):
@@ -127,6 +128,7 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
         return loss_sum
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss):
         dhidden, dweight = (
             None if grad is None else grad * dloss.to(grad.dtype) for grad in ctx.saved_tensors
@@ -206,6 +208,7 @@ def _check_inputs(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     labels: torch.Tensor,
+    vocab_start: int,
     chunk_tokens: int,
     label_weights: torch.Tensor | None,
 ) -> None:
@@ -231,12 +234,18 @@ def _check_inputs(
         )
     if weight.shape[0] == 0:
         raise ValueError(f"{where}weight has no rows; give every process a part of the vocabulary")
+    if vocab_start < 0:
+        raise ValueError(f"{where}vocab_start must be at least 0, got {vocab_start}")
     if chunk_tokens < 1:
         raise ValueError(f"{where}chunk_tokens must be at least 1, got {chunk_tokens}")
     if label_weights is not None and (
-        label_weights.dtype != torch.float32 or label_weights.shape != labels.shape
+        label_weights.dtype != torch.float32
+        or label_weights.shape != labels.shape
+        or label_weights.device != labels.device
+        or label_weights.requires_grad
     ):
         raise ValueError(
-            f"{where}label_weights must be float32 [{labels.shape[0]}], got "
-            f"{label_weights.dtype} {list(label_weights.shape)}"
+            f"{where}label_weights must be float32 [{labels.shape[0]}] on {labels.device} without "
+            f"a gradient, got {label_weights.dtype} {list(label_weights.shape)} on "
+            f"{label_weights.device}, requires_grad={label_weights.requires_grad}"
         )

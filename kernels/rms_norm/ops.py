@@ -1,6 +1,7 @@
 """RMSNorm with its own backward. Letters: D model size."""
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from ..backend import AUTO, Candidate, choose, triton_candidate
 from .reference import rms_norm_bwd_reference, rms_norm_fwd_reference
@@ -33,6 +34,7 @@ class _RMSNormFunction(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         rows, weight, rrms = ctx.saved_tensors
         dy_rows = dy.reshape(rows.shape)
@@ -64,9 +66,9 @@ def rms_norm(
         ValueError: weight is not [D] or on another device, eps is not positive, or the
             implementation asked for cannot serve x and weight.
     """
-    if x.dim() < 1 or weight.shape != x.shape[-1:]:
+    if x.dim() < 1 or weight.shape != x.shape[-1:] or not weight.numel():
         raise ValueError(
-            f"rms_norm: weight must be [D] with D the last size of x {list(x.shape)}, "
+            f"rms_norm: weight must be [D] with D > 0 the last size of x {list(x.shape)}, "
             f"got {list(weight.shape)}"
         )
     if not eps > 0.0:

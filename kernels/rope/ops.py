@@ -6,6 +6,7 @@ permutation.
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from ..backend import AUTO, Candidate, choose, triton_candidate
 from .reference import rotate_reference
@@ -51,6 +52,7 @@ class _RopeFunction(torch.autograd.Function):
         return _RopeFunction._turn(chosen, x_TNH, cos, sin, is_inverse=False)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout_TNH):
         cos, sin = ctx.saved_tensors
         dx_TNH = _RopeFunction._turn(ctx.chosen, dout_TNH, cos, sin, is_inverse=True)
@@ -84,6 +86,7 @@ class _PackedRopeFunction(torch.autograd.Function):
         return qkv
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):
         cos, sin = ctx.saved_tensors
         dout = dout.contiguous()
@@ -155,6 +158,11 @@ def apply_rope_to_qkv(
         raise ValueError(
             f"rope: qkv {list(qkv.shape)} does not hold [{num_tokens}, *{list(shape)}]; "
             "heads_shape is (K, G + 2, H)"
+        )
+    if qkv.requires_grad and qkv.is_leaf and torch.is_grad_enabled():
+        raise ValueError(
+            f"rope: qkv {list(qkv.shape)} is a leaf that requires grad, which autograd lets nobody "
+            "overwrite; rotate a projection's output, or a clone"
         )
     _check_table(qkv, shape[2], cos, sin)
     chosen = _choose(implementation, qkv, cos, sin, shape[2])

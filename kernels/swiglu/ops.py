@@ -1,6 +1,7 @@
 """SwiGLU with its own backward. Letters: F feed-forward size."""
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from ..backend import AUTO, Candidate, choose, triton_candidate
 from .reference import swiglu_bwd_reference, swiglu_fwd_reference
@@ -34,6 +35,7 @@ class _SwiGLUFunction(torch.autograd.Function):
         return swiglu_fwd_triton(_rows(x)).view(*x.shape[:-1], x.shape[-1] // 2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
         if ctx.chosen == "reference":

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from lclm_kernels.interval_attention import forward, interval_attention, make_plan, sdpa_impl
+from lclm_kernels.interval_attention import (
+    backward,
+    forward,
+    interval_attention,
+    make_plan,
+    sdpa_impl,
+)
 from lclm_kernels.interval_attention.plan import TILE
 from tests.kernels.masks import MASKS, document_intervals, random_inputs, visible_TS
 
@@ -135,6 +141,14 @@ def bad_calls():
         "int": ((q.int(), k.int(), v.int(), plan, 1.0), "no implementation serves"),
         "name": ((q, k, v, plan, 1.0, None, "flex"), "implementation='flex' does not exist"),
         "device": ((q, k, v, plan, 1.0, None, "sdpa"), "'sdpa' cannot run: it runs on cuda"),
+        "gradient": (
+            (q, k.clone().requires_grad_(), v, plan, 1.0),
+            r"k \[63, 2, 16\] requires grad",
+        ),
+        "carry expanded": (
+            (q, k, v, plan, 1.0, (out[:1].expand(q.shape), lse)),
+            r"carry out \[63, 4, 16\] of strides \[0, 16, 1\] is expanded",
+        ),
         "carry dtype": ((q, k, v, plan, 1.0, (out.half(), lse)), "carry out must be"),
         "carry shape": ((q, k, v, plan, 1.0, (out, lse.t())), r"carry lse must be .*\[4, 63\]"),
     }
@@ -145,6 +159,41 @@ def test_forward_refuses(case):
     arguments, message = bad_calls()[case]
     with pytest.raises(ValueError, match=message):
         forward(*arguments)
+
+
+def bad_backwards():
+    """What is wrong of the arguments from dout to dv, and what is said about it."""
+    q, _, v, dout = (x.float() for x in random_inputs(MASKS["63 tokens"]))
+    lse = torch.zeros(4, 63)
+    return {
+        "dout": (0, dout[:9], r"dout must be .*\[63, 4, 16\]"),
+        "dout dtype": (0, dout.half(), "dout must be torch.float32"),
+        "q heads": (1, q[:, :3], "3 query heads cannot share 2 kv heads"),
+        "v": (3, v.bfloat16(), "v must be torch.float32"),
+        "out": (4, dout.double(), "out must be torch.float32"),
+        "lse": (5, lse.t(), r"lse must be .*\[4, 63\]"),
+        "delta dtype": (6, lse.half(), "delta must be torch.float32"),
+        "delta device": (6, lse.to("meta"), "delta must be .* on cpu, got .* on meta"),
+        "dq dtype": (9, q.bfloat16(), "dq must be torch.float32"),
+        "dk of query heads": (10, q, r"dk must be .*\[63, 2, 16\]"),
+        "dv expanded": (11, v[:, :1].expand(v.shape), r"dv .* of strides \[32, 0, 1\] is expanded"),
+        "dq gradient": (9, q.clone().requires_grad_(), r"dq \[63, 4, 16\] requires grad"),
+        "q gradient": (1, q.clone().requires_grad_(), r"q \[63, 4, 16\] requires grad"),
+    }
+
+
+@pytest.mark.parametrize("case", bad_backwards())
+def test_backward_refuses(case):
+    plan = MASKS["63 tokens"]
+    q, k, v, dout = (x.float() for x in random_inputs(plan))
+    lse = torch.zeros(4, 63)
+    grads = [torch.zeros_like(x) for x in (q, k, v)]
+    arguments = [dout, q, k, v, torch.zeros_like(q), lse, lse, plan, 1.0, *grads]
+    place, wrong, message = bad_backwards()[case]
+    arguments[place] = wrong
+    with pytest.raises(ValueError, match=f"interval_attention: .*{message}"):
+        backward(*arguments)
+    assert not any(x.any() for x in grads)
 
 
 def test_autograd_refuses_as_forward_does():

@@ -41,6 +41,14 @@ def run_in_place(q, k, v, dout, plan, implementation, grads=None):
     return out, lse, *grads
 
 
+def run_with_carry(q, k, v, plan, implementation, out):
+    """(out, lse) after two passes over the same keys, which join in `out`."""
+    lse = torch.full((q.shape[0], q.shape[1]), float("-inf"), device=q.device).t()
+    for _ in range(2):
+        forward(q, k, v, plan, SCALE, (out, lse), implementation)
+    return out, lse
+
+
 def check_against_fp64(inputs, plan, implementation):
     truth = dense_attention(*(x.double() for x in inputs), plan, SCALE)
     of_torch = torch_attention(*inputs, plan, SCALE)
@@ -123,6 +131,11 @@ def test_tensors_that_lie_awkwardly(dtype, implementation):
     results = run_in_place(shifted, columns_apart, v, dout, plan, implementation, grads)
     for result, expected in zip(results, plain):
         assert torch.equal(result, expected)
+    plain = run_with_carry(q, k, v, plan, implementation, torch.zeros(q.shape, device=device))
+    out = torch.zeros(*q.shape, 2, device=device)[..., 0]
+    results = run_with_carry(shifted, columns_apart, v, plan, implementation, out)
+    for result, expected in zip(results, plain):
+        assert torch.equal(result, expected)
 
 
 @each_implementation("triton")
@@ -133,6 +146,8 @@ def test_elements_beyond_32_bits(dtype, implementation, tmp_path):
     step, device = 2**30, device_of(implementation)
     near = [x.to(device, dtype) for x in random_inputs(plan, 2, 1, 64)]
     expected = run_in_place(*near, plan, implementation)
+    carry = torch.zeros(near[0].shape, device=device)
+    expected_carry = run_with_carry(*near[:3], plan, implementation, carry)
     size = 2 * step + 1024
     if device.type == "cpu":  # a file with holes takes neither memory nor disk
         base = torch.from_file(str(tmp_path / "holes"), shared=True, size=size, dtype=dtype)
@@ -148,6 +163,12 @@ def test_elements_beyond_32_bits(dtype, implementation, tmp_path):
             place = 512 + 128 * index
             grads[index] = base.as_strided(near[index].shape, (step, 64, 1), place).zero_()
     for result, exact in zip(run_in_place(*far, plan, implementation, grads), expected):
+        assert torch.equal(result, exact)
+    carry = torch.zeros_like(carry)
+    if dtype == torch.float32:
+        carry = base.as_strided(carry.shape, (step, 64, 1), 768).zero_()
+    results = run_with_carry(*far[:3], plan, implementation, carry)
+    for result, exact in zip(results, expected_carry):
         assert torch.equal(result, exact)
 
 

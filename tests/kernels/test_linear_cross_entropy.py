@@ -252,6 +252,15 @@ def refusals():
             (hidden, weight, labels, 0, None, 9, labels),
             r"label_weights must be float32 \[50\]",
         ),
+        "weights elsewhere": (
+            (hidden, weight, labels, 0, None, 9, torch.ones(50, device="meta")),
+            "label_weights must be .* on cpu .* on meta",
+        ),
+        "weights with a gradient": (
+            (hidden, weight, labels, 0, None, 9, torch.ones(50, requires_grad=True)),
+            "label_weights must be .* without a gradient, .* requires_grad=True",
+        ),
+        "vocab_start": ((hidden, weight, labels, -1), "vocab_start must be at least 0, got -1"),
         "outside": ((hidden, weight, outside), "label 70 is in no vocabulary shard"),
         "negative": ((hidden, weight, -outside.abs() - 1), "label -.* is in no vocabulary shard"),
         "other shard": ((hidden, weight[:35], labels), "holds entries 0 to 34"),

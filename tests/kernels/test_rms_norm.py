@@ -23,8 +23,8 @@ def run(function, x, weight, dy):
 
 
 on_both = each_implementation("reference", "triton")
-# several rows per program and several programs, one row per program, no rows
-SHAPES = [(1, 8), (63, 40), (3, 5, 17), (0, 8), (400, 64), (5, 4200)]
+# several rows per program and several programs, one row per program, no rows, the weight read anew
+SHAPES = [(1, 8), (63, 40), (3, 5, 17), (0, 8), (400, 64), (5, 4200), (4, 8200)]
 
 
 @on_both
