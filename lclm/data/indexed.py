@@ -1,9 +1,7 @@
 """Token files in Megatron's indexed format: `<prefix>.bin`, `<prefix>.idx` and our `<prefix>.json`.
 
-`.bin` holds the tokens of all documents back to back. `.idx`, little endian: 9 bytes
-`MMIDIDX\\0\\0`, u64 version 1, u8 dtype code, u64 number of sequences N, u64 number of document
-borders D, int32[N] sequence lengths, int64[N] byte offsets, int64[D] borders counted in sequences.
-We write one sequence per document. A document without tokens has no sequence, only a border, as in
+`.bin` holds the tokens of all documents back to back; `.idx` is described in index_file.py. We
+write one sequence per document. A document without tokens has no sequence, only a border, as in
 Megatron-LM's own tool; readers here do not number such documents.
 `.json` says where the tokens come from (tokenizer, sources, options) and what they look like.
 `.weights`, where `.json` has weight_values: one byte per token, the number of its weight there.
@@ -11,7 +9,6 @@ Megatron-LM's own tool; readers here do not number such documents.
 
 import json
 import os
-import struct
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +17,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from lclm.data.index_file import (
+    MAX_DOCUMENT,
+    are_starts,
+    documents_of,
+    read_index,
+    write_index,
+)
 from lclm.data.retry import RetryingFile
 
 __all__ = [
@@ -32,16 +36,8 @@ __all__ = [
     "temporary_name",
 ]
 
-MAGIC = b"MMIDIDX\x00\x00"
-VERSION = 1
-_HEADER = struct.Struct("<9sQBQQ")
-# Megatron's codes (datasets/indexed_dataset.py, DType); 6 and 7 are floats and hold no tokens
-_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-_CODES = {np.dtype(kind): code for code, kind in _DTYPES.items()}
 _ENDINGS = (".bin", ".json", ".idx")  # .idx is renamed last: with it the files are complete
-MAX_DOCUMENT = 2**31 - 1  # lengths are int32
 COPY_BYTES = 1 << 24
-INDEX_BLOCK = 1 << 22  # documents of the index written at once
 
 
 def dtype_for_vocab(vocab_size: int) -> np.dtype:
@@ -81,7 +77,7 @@ class IndexedReader:
                     f"{path}: no such file; a prefix names <prefix>.bin and <prefix>.idx, which "
                     "tools/preprocess_data.py writes"
                 )
-        self.dtype, lengths, pointers, borders = _read_index(idx_path)
+        self.dtype, lengths, pointers, borders = read_index(idx_path)
         self.num_tokens = int(lengths.sum(dtype=np.int64))
         num_bytes = self.num_tokens * self.dtype.itemsize
         if bin_path.stat().st_size != num_bytes:
@@ -90,7 +86,7 @@ class IndexedReader:
                 f"{num_bytes} ({self.num_tokens} tokens of {self.dtype.itemsize} bytes); the file "
                 "is cut short or belongs to another index: copy or write both again"
             )
-        if not _are_starts(pointers, lengths, self.dtype.itemsize):
+        if not are_starts(pointers, lengths, self.dtype.itemsize):
             raise ValueError(
                 f"{idx_path}: its byte offsets do not follow from its lengths; the file is damaged:"
                 " write it again"
@@ -99,7 +95,7 @@ class IndexedReader:
             # a sequence per document: nothing to work out, the file itself serves
             self.lengths, self._starts, self._start_unit = lengths, pointers, self.dtype.itemsize
         else:
-            self.lengths, self._starts = _documents(idx_path, lengths, borders)
+            self.lengths, self._starts = documents_of(idx_path, lengths, borders)
             self._start_unit = 1
         self._tokens = RetryingFile(bin_path)
         self.metadata = _read_metadata(Path(self.prefix + ".json"), self.num_tokens)
@@ -146,80 +142,6 @@ class IndexedReader:
         first = int(self._starts[doc]) // self._start_unit + offset
         raw = self._tokens.read(first * self.dtype.itemsize, (end - offset) * self.dtype.itemsize)
         return np.frombuffer(raw, self.dtype)
-
-
-def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
-    """dtype, lengths int32 [N], byte offsets int64 [N], borders int64 [D] of an .idx file."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        head = file.read(_HEADER.size)
-    if len(head) < _HEADER.size or head[: len(MAGIC)] != MAGIC:
-        raise ValueError(
-            f"{path}: starts with {head[: len(MAGIC)]!r}, an index starts with {MAGIC!r}; this is "
-            "not an index of Megatron's format: write it with tools/preprocess_data.py"
-        )
-    _, version, code, num_sequences, num_borders = _HEADER.unpack(head)
-    if version != VERSION:
-        raise ValueError(
-            f"{path}: index version {version}, only version {VERSION} can be read; write it again"
-        )
-    if code not in _DTYPES:
-        raise ValueError(
-            f"{path}: dtype code {code}, token files have one of {sorted(_DTYPES)}; write it again"
-        )
-    needed = _HEADER.size + num_sequences * 12 + num_borders * 8
-    # Megatron appends one int8 mode per sequence to multimodal files
-    if size not in (needed, needed + num_sequences):
-        raise ValueError(
-            f"{path}: has {size} bytes, its header asks for {needed}; the file is cut short or "
-            "damaged: copy or write it again"
-        )
-    raw = np.memmap(path, mode="r")
-    at = _HEADER.size
-    lengths = np.frombuffer(raw, "<i4", num_sequences, at)
-    pointers = np.frombuffer(raw, "<i8", num_sequences, at + num_sequences * 4)
-    borders = np.frombuffer(raw, "<i8", num_borders, at + num_sequences * 12)
-    is_ordered = num_borders > 0 and borders[0] == 0 and borders[-1] == num_sequences
-    if not is_ordered or (np.diff(borders) < 0).any() or (lengths < 0).any():
-        raise ValueError(
-            f"{path}: document borders must rise from 0 to the {num_sequences} sequences and no "
-            "length may be negative; the file is damaged: write it again"
-        )
-    return np.dtype(_DTYPES[code]), lengths, pointers, borders
-
-
-def _are_starts(pointers: np.ndarray, lengths: np.ndarray, itemsize: int) -> bool:
-    """Whether each pointer is the bytes of all sequences before it; in blocks, to save memory."""
-    start = 0
-    for at in range(0, len(lengths), INDEX_BLOCK):
-        ends = np.cumsum(lengths[at : at + INDEX_BLOCK], dtype=np.int64) * itemsize + start
-        block = pointers[at : at + INDEX_BLOCK]
-        if block[0] != start or not np.array_equal(block[1:], ends[:-1]):
-            return False
-        start = int(ends[-1])
-    return True
-
-
-def _starts(lengths: np.ndarray) -> np.ndarray:
-    """int64 [N]: sum of the lengths before each."""
-    starts = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, dtype=np.int64, out=starts[1:])
-    return starts[:-1]
-
-
-def _documents(
-    path: Path, lengths: np.ndarray, borders: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths int32 and first tokens int64 of the documents that have tokens."""
-    token_borders = np.append(_starts(lengths), lengths.sum(dtype=np.int64))[borders]
-    document_lengths = np.diff(token_borders)
-    if len(document_lengths) and document_lengths.max() > MAX_DOCUMENT:
-        raise ValueError(
-            f"{path}: document {document_lengths.argmax()} has {document_lengths.max()} tokens in "
-            f"several sequences; at most {MAX_DOCUMENT} can be read: split it"
-        )
-    has_tokens = document_lengths > 0
-    return document_lengths[has_tokens].astype(np.int32), token_borders[:-1][has_tokens]
 
 
 def _open_weights(prefix: str, num_tokens: int) -> np.ndarray:
@@ -302,7 +224,7 @@ class IndexedWriter:
                 if self._weight_values:
                     self.metadata["weight_values"] = self._weight_values
                 lengths = np.asarray(self._lengths, np.int32)
-                _write_index(self._temporary(".idx"), lengths, self.dtype)
+                write_index(self._temporary(".idx"), lengths, self.dtype)
                 _write_metadata(
                     self._temporary(".json"), lengths, self.vocab_size, self.dtype, self.metadata
                 )
@@ -402,7 +324,7 @@ def adopt_tokens(
     dtype = dtype_for_vocab(vocab_size)
     names = {ending: temporary_name(prefix + ending) for ending in (".json", ".idx")}
     try:
-        _write_index(names[".idx"], lengths, dtype)
+        write_index(names[".idx"], lengths, dtype)
         _write_metadata(names[".json"], lengths, vocab_size, dtype, metadata)
         if tokens.exists():
             os.replace(tokens, prefix + ".bin")
@@ -420,7 +342,7 @@ def read_all_lengths(prefix: str) -> np.ndarray:
         ValueError: as `IndexedReader`, or a document has several sequences.
     """
     path = Path(prefix + ".idx")
-    _, lengths, _, borders = _read_index(path)
+    _, lengths, _, borders = read_index(path)
     counts = np.diff(borders)
     if len(counts) and counts.max() > 1:
         raise ValueError(
@@ -430,29 +352,6 @@ def read_all_lengths(prefix: str) -> np.ndarray:
     every = np.zeros(len(counts), np.int32)
     every[counts == 1] = lengths
     return every
-
-
-def _write_index(path: str, lengths: np.ndarray, dtype: np.dtype) -> None:
-    """The .idx of documents of these lengths, written piece by piece: there may be 10^9."""
-    filled = [lengths[at : at + INDEX_BLOCK] for at in range(0, len(lengths), INDEX_BLOCK)]
-    num_sequences = sum(int(np.count_nonzero(block)) for block in filled)
-    with open(path, "wb") as file:
-        head = (MAGIC, VERSION, _CODES[dtype], num_sequences, len(lengths) + 1)
-        file.write(_HEADER.pack(*head))
-        for block in filled:
-            file.write(block[block > 0].astype("<i4").tobytes())
-        start = 0
-        for block in filled:
-            ends = np.cumsum(block[block > 0], dtype=np.int64) + start
-            starts = np.append(start, ends[:-1]) if len(ends) else ends
-            file.write((starts * dtype.itemsize).astype("<i8").tobytes())
-            start = int(ends[-1]) if len(ends) else start
-        border = 0
-        file.write(struct.pack("<q", 0))
-        for block in filled:
-            borders = np.cumsum(block > 0, dtype=np.int64) + border
-            file.write(borders.astype("<i8").tobytes())
-            border = int(borders[-1])
 
 
 def _write_metadata(
