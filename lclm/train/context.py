@@ -110,8 +110,9 @@ def build_context(
     """
     parallel = config.parallel
     cost = attention_cost(config, mesh.dtype, machine)
-    comm = choose_comm(config, cost, rows)
-    heads = ring = None
+    chosen = [choose_comm(config, cost, rows)]
+    dist.broadcast_object_list(chosen)  # processors of other kinds may round otherwise
+    comm, heads, ring = chosen[0], None, None
     if comm.name == "ulysses_ring":
         heads, ring = split_context(mesh.cp_group, comm.shared)
     return ContextParallel(parallel.cp_layout, comm, cost, mesh.cp_group, mesh.device, heads, ring)
