@@ -33,7 +33,7 @@ import numpy as np
 from lclm.context.choice import choose_fastest, compare_comms
 from lclm.context.cost import CostModel, least_worst_share, predict, traffic_share
 from lclm.context.lengths import LengthHistogram, read_histogram
-from lclm.context.machine import LINKS
+from lclm.context.machine import LINKS, published
 from lclm.context.plan import (
     RowPlan,
     balanced_plan,
@@ -54,9 +54,13 @@ K = 1024
 SETTINGS = ((64 * K, 16 * K, 128), (512 * K, 256 * K, 512))
 SCALING = ((64 * K, 16 * K, 128), (256 * K, 128 * K, 256), (1024 * K, 256 * K, 1024))
 CP_SIZES = (2, 4, 8, 16, 32, 64)
-COSTS = {name: CostModel(machine, is_recomputed=True) for name, machine in LINKS.items()}
 
 Strategy = Callable[[np.ndarray, int, int], RowPlan]
+
+
+def costs_of(cp_size: int) -> dict[str, CostModel]:
+    """A layer's attention by link."""
+    return {link: CostModel(published(link, cp_size), is_recomputed=True) for link in LINKS}
 
 
 def longest_first(lengths: np.ndarray, cp_size: int, chunk: int) -> RowPlan:
@@ -125,9 +129,10 @@ def judge(
 ) -> dict[str, float]:
     """Quality and planning time of one strategy over the rows."""
     balance, worst, mean, least, layer, planning = [], [], [], [], [], []
+    costs = costs_of(cp_size)
     for lengths in rows:
         plan = strategy(lengths, cp_size, chunk)
-        predictions = [predict(plan, cost) for cost in COSTS.values()]
+        predictions = [predict(plan, cost) for cost in costs.values()]
         share = traffic_share(plan)
         balance.append(predictions[0].area_imbalance)
         worst.append(share.max())
@@ -141,7 +146,7 @@ def judge(
         "worst_share": float(np.mean(worst)),
         "mean_share": float(np.mean(mean)),
         "least_worst_share": float(np.mean(least)),
-        "layer_ms": dict(zip(COSTS, np.mean(layer, axis=0).tolist())),
+        "layer_ms": dict(zip(costs, np.mean(layer, axis=0).tolist())),
         "plan_ms": float(np.mean(planning)),
         "plan_ms_worst": float(np.max(planning)),
     }
@@ -184,7 +189,7 @@ def compare(
             lines.append({"cp": cp_size, "chunk": chunk, "strategy": name, **figures})
         fastest = {
             link: 1e3 * float(np.mean([fastest_seconds(row, cp_size, chunk, cost) for row in rows]))
-            for link, cost in COSTS.items()
+            for link, cost in costs_of(cp_size).items()
         }
         lines.append({"cp": cp_size, "strategy": "fastest", "layer_ms": fastest})
         lines += compare_ways(rows, cp_size)
@@ -199,7 +204,9 @@ def fastest_seconds(lengths: np.ndarray, cp_size: int, chunk: int, cost: CostMod
 
 def compare_ways(rows: list[np.ndarray], cp_size: int) -> list[dict[str, Any]]:
     """One line per way of the keys, with its best layout, and the links on which it is chosen."""
-    by_link = {link: compare_comms("auto", rows, cp_size, cost) for link, cost in COSTS.items()}
+    by_link = {
+        link: compare_comms("auto", rows, cp_size, cost) for link, cost in costs_of(cp_size).items()
+    }
     lines = []
     for comm in next(iter(by_link.values())):
         times = {link: 1e3 * found[comm] for link, found in by_link.items()}
@@ -227,7 +234,7 @@ def find_errors(histogram: LengthHistogram) -> list[str]:
                     errors.append(f"{name}: area of rank {rank} of {cp_size}")
                 if plan.received[rank].sum() != seen.sum():
                     errors.append(f"{name}: keys received by rank {rank} of {cp_size}")
-        for cost in COSTS.values():
+        for cost in costs_of(cp_size).values():
             candidates = candidate_plans(lengths, cp_size, 16).values()
             simple = min(predict(plan, cost).seconds for plan in candidates)
             if fastest_seconds(lengths, cp_size, 16, cost) > simple:

@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lclm.config_file import load_config
 from lclm.context.choice import choose_fastest, compare_comms
 from lclm.context.cost import CostModel, least_worst_share, predict, traffic_share
 from lclm.context.lengths import read_histogram
-from lclm.context.machine import LINKS, RATES_NAME, Machine, read_machine
+from lclm.context.machine import LINKS, RATES_NAME, published, read_machine
 from lclm.context.plan import RowPlan, candidate_plans, default_chunk, plan_row
 from lclm.train.stages import plan_stages
 
@@ -94,9 +95,7 @@ def rows_of_histogram(options: argparse.Namespace) -> dict[str, list[np.ndarray]
     return {title: [histogram.draw_row(rng, length, longest) for _ in range(options.rows)]}
 
 
-def rows_of_config(
-    options: argparse.Namespace, machine: Machine
-) -> tuple[dict[str, list[np.ndarray]], CostModel]:
+def rows_of_config(options: argparse.Namespace) -> tuple[dict[str, list[np.ndarray]], CostModel]:
     """Rows of every stage by title, and the cost of the configuration's attention."""
     config = load_config(options.config, options.overrides)
     if options.cp is None:
@@ -111,7 +110,6 @@ def rows_of_config(
     tp, is_recomputed = config.parallel.tp, config.train.recompute == "full"
     is_fp32 = config.train.dtype == "fp32" or config.train.device == "cpu"
     cost = CostModel(
-        machine,
         num_heads=config.model.num_attention_heads // tp,
         num_kv_heads=config.model.num_kv_heads // tp,
         head_dim=config.model.head_size,
@@ -238,23 +236,24 @@ def show(options: argparse.Namespace) -> None:
         raise ValueError(f"--rows is {options.rows}; look at one row at least")
     if options.png is not None:
         load_pyplot()  # what is missing is said before the work, not after it
-    machine = read_machine(options.rates) if options.rates else LINKS[options.link]
+    measured = read_machine(options.rates) if options.rates else None
     if options.config is not None:
-        rows_by_title, cost = rows_of_config(options, machine)
+        rows_by_title, cost = rows_of_config(options)
     elif options.overrides:
         raise ValueError(f"{' '.join(options.overrides)}: overrides belong to --config")
     else:
-        rows_by_title, cost = rows_of_histogram(options), CostModel(machine)
-    picture: dict[str, RowPlan] = {}
+        rows_by_title, cost = rows_of_histogram(options), CostModel()
+    picture: tuple[dict[str, RowPlan], CostModel] | None = None
     for title, rows in rows_by_title.items():
         for cp_size in options.cp or [8, 32]:
             chunk = options.chunk or default_chunk(int(rows[0].sum()), cp_size)
+            cost = replace(cost, machine=measured or published(options.link, cp_size))
             print_table(title, cp_size, chunk, judge(rows, cp_size, chunk, cost))
             if cp_size > 1:
                 print_comms(rows, cp_size, cost)
-            picture = picture or candidate_plans(rows[0], cp_size, chunk)
-    if options.png is not None:
-        draw(picture, cost, options.png)
+            picture = picture or (candidate_plans(rows[0], cp_size, chunk), cost)
+    if options.png is not None and picture is not None:
+        draw(*picture, options.png)
         print(f"\nwrote {options.png}")
 
 

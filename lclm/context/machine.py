@@ -134,3 +134,9 @@ _NVLINK, _INFINIBAND = Rate(5e-6, 370e9), Rate(20e-6, 45e9)
 
 # H100s by what joins the context ranks: NVLink all of them, or InfiniBand nodes of eight.
 LINKS = {"nvlink": _h100(_NVLINK, _NVLINK, 1), "infiniband": _h100(_INFINIBAND, _NVLINK, 8)}
+
+
+def published(link: str, cp_size: int) -> Machine:
+    """The machine of a link; context ranks that fit into one of its nodes have NVLink alone."""
+    machine = LINKS[link]
+    return LINKS["nvlink"] if cp_size <= machine.near_ranks else machine

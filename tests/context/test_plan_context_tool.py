@@ -1,6 +1,9 @@
 """tools/plan_context.py: tables and picture from a histogram and from a run's own data."""
 
+import dataclasses
 import importlib.util
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +12,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from lclm.context.machine import LINKS, Rate
 from lclm.data.indexed import IndexedWriter
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +86,23 @@ def test_tables_from_a_config(tool, config, capsys) -> None:
     assert tool.main(["--config", str(config), "--cp", "2", "stage.0.document_mask=false"]) == 0
     area, worst, share, *_ = lines_of(capsys.readouterr().out, "zigzag")[0]
     assert (area, worst, share) == (1.0, 1.0, 1.0)  # one document: all keys travel, work is even
+
+
+def test_ways_are_compared_on_the_link_or_the_machine_at_hand(tool, tmp_path, capsys) -> None:
+    wishes = ["--histogram", str(HISTOGRAM), "--row-length", "65536", "--rows", "2", "--cp", "8,16"]
+    slow = dataclasses.replace(LINKS["nvlink"], message=Rate(1.0, 1e9), hidden=0.0)
+    rates = tmp_path / "context_rates.json"
+    rates.write_text(json.dumps({"made_for": {}, "machine": slow.dump()}))
+    chosen = {}
+    for source in (["--link", "infiniband"], ["--rates", str(rates)]):
+        assert tool.main([*wishes, *source]) == 0
+        out = capsys.readouterr().out
+        chosen[source[0]] = re.findall(r"layer ms by way: .*?(\S+) [0-9.]+\*", out)
+    # eight ranks are one node, sixteen are two; a message of a second is worse than any all-to-all
+    assert chosen == {"--link": ["ring", "ulysses_ring(8)"], "--rates": ["ulysses", "ulysses"]}
+    rates.write_text("{}")
+    assert tool.main([*wishes, "--rates", str(rates)]) == 2
+    assert "is not what a trainer measured" in capsys.readouterr().err
 
 
 def test_picture_is_written_whole(tool, tmp_path, capsys) -> None:
