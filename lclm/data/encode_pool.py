@@ -8,6 +8,7 @@ that made them.
 import concurrent.futures
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections import deque
@@ -79,11 +80,13 @@ def encode_in_pool(
             while waiting:
                 yield waiting[0][0], waiting.popleft()[1].result()
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
 
 
 def _start_worker(state: WorkerState, places: Places) -> None:
     global _worker, _places
+    # Ctrl-C reaches every process; the first one ends the others, who finish the unit they are at
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # one process per core is the parallelism; threads inside each would only compete
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["RAYON_NUM_THREADS"] = "1"

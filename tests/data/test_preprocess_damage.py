@@ -157,6 +157,25 @@ def command(tmp_path, tokenizer, name, workers, seconds):
             "--output-prefix", str(tmp_path / name / "x")]  # fmt: skip
 
 
+def units_done(folder):
+    """How far a run has come; -1: there is none under way."""
+    try:
+        return json.loads((folder / "x.unfinished" / "state.json").read_text())["units"]
+    except FileNotFoundError:
+        return -1
+
+
+def wait_for_the_end_of_group(number):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(number, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    pytest.fail("processes are left")
+
+
 def contents(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
@@ -167,7 +186,6 @@ def test_kills_at_random_times_change_no_byte(tmp_path, tokenizer_files, workers
     write_texts(tmp_path / "a.jsonl", 600)
     subprocess.run(command(tmp_path, tokenizer_files["hf"], "whole", 1, 0), cwd=ROOT, check=True)
     expected = contents(tmp_path / "whole")
-    state = tmp_path / "killed" / "x.unfinished" / "state.json"
     rng = random.Random(workers)
     killed_at = []
     for _ in range(5):
@@ -176,20 +194,40 @@ def test_kills_at_random_times_change_no_byte(tmp_path, tokenizer_files, workers
             cwd=ROOT,
             start_new_session=True,
         )
-        first = json.loads(state.read_text())["units"] if state.is_file() else -1
+        first = units_done(tmp_path / "killed")
         # when work goes on depends on the machine: from then on the time is random
-        while process.poll() is None and not (
-            state.is_file() and json.loads(state.read_text())["units"] > first
-        ):
+        while process.poll() is None and units_done(tmp_path / "killed") <= first:
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.15))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        killed_at.append(json.loads(state.read_text())["units"] if state.is_file() else None)
-    assert killed_at[0] is not None and len(set(killed_at)) > 2, killed_at
+        killed_at.append(units_done(tmp_path / "killed"))
+    assert len(set(killed_at)) > 2, killed_at
     last = command(tmp_path, tokenizer_files["hf"], "killed", 3 - workers, 0)
     subprocess.run(last, cwd=ROOT, check=True)
     assert contents(tmp_path / "killed") == expected
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_all_processes_and_loses_nothing(tmp_path, tokenizer_files):
+    write_texts(tmp_path / "a.jsonl", 600)
+    process = subprocess.Popen(
+        command(tmp_path, tokenizer_files["hf"], "out", 2, 0.05),
+        cwd=ROOT,
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    )
+    while units_done(tmp_path / "out") < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=100) != 0
+    wait_for_the_end_of_group(process.pid)
+    assert units_done(tmp_path / "out") >= 2
+    for name in ("out", "whole"):
+        run = command(tmp_path, tokenizer_files["hf"], name, 1, 0)
+        subprocess.run(run, cwd=ROOT, check=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 @pytest.mark.slow
