@@ -8,15 +8,17 @@ Triton kernels run on CUDA devices. Under `TRITON_INTERPRET=1`, which must be se
 starts, they also run on CPU tensors, in Triton's interpreter: slow, for tests.
 """
 
+import contextlib
 import importlib.util
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-__all__ = ["AUTO", "IS_INTERPRETED", "Candidate", "choose", "triton_candidate"]
+__all__ = ["AUTO", "IS_INTERPRETED", "Candidate", "choose", "on_device", "triton_candidate"]
 
 AUTO = "auto"
 _LOG = logging.getLogger("lclm_kernels")
@@ -56,6 +58,14 @@ def triton_candidate(*dtypes: torch.dtype) -> Candidate:
         dtypes,
         missing="" if _HAS_TRITON else "the package triton, which is not installed",
     )
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Where a launch of a Triton kernel on tensors of `device` belongs.
+
+    Triton launches on the current device, wherever the tensors are.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def choose(

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..backend import on_device
+
 __all__ = ["BLOCK", "NUM_WARPS", "AdamWTables", "adamw_kernel"]
 
 BLOCK = 1024  # 8 fp32 per thread and tensor
@@ -109,24 +111,25 @@ class AdamWTables:
         sizes, block_tensor, first_block = self._tables
         beta1, beta2 = betas
         state_dtype = tl.bfloat16 if exp_avgs[0].dtype == torch.bfloat16 else tl.float32
-        adamw_kernel[(block_tensor.numel(),)](
-            self._device_addresses,
-            sizes,
-            block_tensor,
-            first_block,
-            len(used),
-            1.0 - beta1,
-            beta2,
-            1.0 - beta2,
-            1.0 - lr * weight_decay,
-            lr / (1.0 - beta1**step),
-            (1.0 - beta2**step) ** 0.5,
-            eps,
-            STATE_DTYPE=state_dtype,
-            IS_ALIGNED=all(address % 16 == 0 for address in self._addresses),
-            BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
-        )
+        with on_device(self._device_addresses.device):
+            adamw_kernel[(block_tensor.numel(),)](
+                self._device_addresses,
+                sizes,
+                block_tensor,
+                first_block,
+                len(used),
+                1.0 - beta1,
+                beta2,
+                1.0 - beta2,
+                1.0 - lr * weight_decay,
+                lr / (1.0 - beta1**step),
+                (1.0 - beta2**step) ** 0.5,
+                eps,
+                STATE_DTYPE=state_dtype,
+                IS_ALIGNED=all(address % 16 == 0 for address in self._addresses),
+                BLOCK=BLOCK,
+                num_warps=NUM_WARPS,
+            )
 
     def _refresh(self, tensors: list[list[torch.Tensor]]) -> None:
         device = tensors[0][0].device

@@ -24,7 +24,7 @@ __all__ = [
 HEAD_DIMS = (64, 96, 128, 256)
 STATS_BLOCK = 256  # rows of a program of attention_stats_kernel
 _MIN_CAPABILITY = (8, 0)  # bf16 on tensor cores
-_TMA_CAPABILITY = (9, 0)
+_TMA_CAPABILITIES = ((9, 0), (12, 0))  # from, below: GeForce has TMA from 12.0 on, with 99 KiB
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,8 @@ def use_tma_for(device: torch.device, dtype: torch.dtype) -> bool:
         return False
     if device.type == "cpu":
         return IS_INTERPRETED
-    return _capability(device) >= _TMA_CAPABILITY
+    first, behind = _TMA_CAPABILITIES
+    return first <= _capability(device) < behind
 
 
 def padded_head_dim(head_dim: int) -> int:

@@ -10,6 +10,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..backend import on_device
 from .plan import IntervalPlan
 from .tilings import (
     STATS_BLOCK,
@@ -67,7 +68,7 @@ def triton_fwd(
     lo, hi = plan.bounds(device)
     q = _Source(q_TNH, tiling.block_t, use_tma)
     k, v = (_Source(x, tiling.block_s, use_tma) for x in (k_SKH, v_SKH))
-    with _on(device), _columns_together(out_TNH) as (out,):
+    with on_device(device), _columns_together(out_TNH) as (out,):
         attention_fwd_kernel[(num_tiles * num_groups * num_kv_heads,)](
             *(q.argument, k.argument, v.argument, out, lse_NT, lo, hi, tiles.table),
             *(*q.strides, *k.strides, *v.strides, *out.stride()[:2], *lse_NT.stride()),
@@ -84,7 +85,7 @@ def triton_delta(dout_TNH: torch.Tensor, out_TNH: torch.Tensor) -> torch.Tensor:
     if delta.numel():
         dout, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (dout_TNH, out_TNH))
         block = delta_block(head_dim)
-        with _on(out.device):
+        with on_device(out.device):
             attention_delta_kernel[(triton.cdiv(num_queries, block), num_heads)](
                 *(dout, out, delta, *dout.stride()[:2], *out.stride()[:2], *delta.stride()),
                 num_queries,
@@ -124,7 +125,7 @@ def triton_bwd(
         return
     dout_TNH = dout_TNH.to(q_TNH.dtype)
     lo, hi = plan.bounds(device)
-    with _on(device), _columns_together(dq_TNH, dk_SKH, dv_SKH) as (dq, dk, dv):
+    with on_device(device), _columns_together(dq_TNH, dk_SKH, dv_SKH) as (dq, dk, dv):
         stats = _build_stats(lse_NT, delta_NT, lo, hi)
 
         def arguments(tiling: Tiling) -> tuple[list[Any], list[int]]:
@@ -192,12 +193,13 @@ def _build_stats(
     num_blocks = num_queries // STATS_BLOCK + 2
     shape = (2 * num_heads, num_blocks * STATS_BLOCK)
     stats = torch.empty(shape, dtype=torch.float32, device=lse_NT.device)
-    attention_stats_kernel[(num_blocks, num_heads)](
-        *(lse_NT, delta_NT, lo, hi, stats),
-        *(*lse_NT.stride(), *delta_NT.stride(), stats.stride(0), num_queries, num_heads),
-        BLOCK_T=STATS_BLOCK,
-        num_warps=4,
-    )
+    with on_device(stats.device):
+        attention_stats_kernel[(num_blocks, num_heads)](
+            *(lse_NT, delta_NT, lo, hi, stats),
+            *(*lse_NT.stride(), *delta_NT.stride(), stats.stride(0), num_queries, num_heads),
+            BLOCK_T=STATS_BLOCK,
+            num_warps=4,
+        )
     return stats
 
 
@@ -222,8 +224,3 @@ def _columns_together(*accumulators: torch.Tensor):
     for x, copied in zip(accumulators, together):
         if copied is not x:
             x.copy_(copied)
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -12,6 +12,8 @@ import torch.distributed as dist
 import triton
 import triton.language as tl
 
+from ..backend import on_device
+
 __all__ = ["BLOCK_V", "NUM_WARPS", "chunk_loss_triton", "cross_entropy_kernel"]
 
 BLOCK_V = 4096  # 16 bf16 per thread: two 16-byte loads
@@ -104,20 +106,21 @@ def chunk_loss_triton(
         return stats[0], stats[3]
 
     def launch(reads_stats: bool, writes_gradient: bool) -> None:
-        cross_entropy_kernel[(num_tokens,)](
-            logits,
-            labels,
-            token_weights,
-            stats,
-            num_tokens,
-            logits.shape[1],
-            vocab_start,
-            IGNORED=ignored_label,
-            READS_STATS=reads_stats,
-            WRITES_GRADIENT=writes_gradient,
-            BLOCK_V=BLOCK_V,
-            num_warps=NUM_WARPS,
-        )
+        with on_device(logits.device):
+            cross_entropy_kernel[(num_tokens,)](
+                logits,
+                labels,
+                token_weights,
+                stats,
+                num_tokens,
+                logits.shape[1],
+                vocab_start,
+                IGNORED=ignored_label,
+                READS_STATS=reads_stats,
+                WRITES_GRADIENT=writes_gradient,
+                BLOCK_V=BLOCK_V,
+                num_warps=NUM_WARPS,
+            )
 
     writes_gradient = token_weights is not None
     launch(reads_stats=False, writes_gradient=writes_gradient and group is None)

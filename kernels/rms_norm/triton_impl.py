@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..backend import IS_INTERPRETED
+from ..backend import IS_INTERPRETED, on_device
 
 __all__ = [
     "bwd_stages",
@@ -122,18 +122,19 @@ def rms_norm_fwd_triton(
     rrms = torch.empty((num_rows, 1), dtype=torch.float32, device=x_RD.device)
     if y.numel():
         tile, num_warps = launch_config(size)
-        rms_norm_fwd_kernel[(triton.cdiv(num_rows, tile["BLOCK_R"]),)](
-            x_RD,
-            weight_D,
-            y,
-            rrms,
-            num_rows,
-            x_RD.stride(0),
-            eps,
-            SIZE=size,
-            **tile,
-            num_warps=num_warps,
-        )
+        with on_device(x_RD.device):
+            rms_norm_fwd_kernel[(triton.cdiv(num_rows, tile["BLOCK_R"]),)](
+                x_RD,
+                weight_D,
+                y,
+                rrms,
+                num_rows,
+                x_RD.stride(0),
+                eps,
+                SIZE=size,
+                **tile,
+                num_warps=num_warps,
+            )
     return y, rrms
 
 
@@ -151,21 +152,22 @@ def rms_norm_bwd_triton(
     tile, num_warps = launch_config(size)
     num_programs = min(triton.cdiv(num_rows, tile["BLOCK_R"]), _max_programs(x_RD.device))
     parts = torch.empty((num_programs, size), dtype=torch.float32, device=x_RD.device)
-    rms_norm_bwd_kernel[(num_programs,)](
-        dy_RD,
-        x_RD,
-        weight_D,
-        rrms,
-        dx,
-        parts,
-        num_rows,
-        dy_RD.stride(0),
-        x_RD.stride(0),
-        SIZE=size,
-        **tile,
-        NUM_STAGES=bwd_stages(size),
-        num_warps=num_warps,
-    )
+    with on_device(x_RD.device):
+        rms_norm_bwd_kernel[(num_programs,)](
+            dy_RD,
+            x_RD,
+            weight_D,
+            rrms,
+            dx,
+            parts,
+            num_rows,
+            dy_RD.stride(0),
+            x_RD.stride(0),
+            SIZE=size,
+            **tile,
+            NUM_STAGES=bwd_stages(size),
+            num_warps=num_warps,
+        )
     return dx, parts.sum(dim=0).to(weight_D.dtype)
 
 

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..backend import on_device
+
 __all__ = ["launch_config", "rope_kernel", "rotate_triton"]
 
 _TILE_ROWS = 32  # heads of tokens per program: 8 bf16 per thread and half at H 128
@@ -101,19 +103,20 @@ def rotate_triton(
         return
     tile, num_warps = launch_config(head_dim, num_heads)
     grid = (triton.cdiv(num_tokens, tile["BLOCK_T"]), triton.cdiv(num_heads, tile["BLOCK_N"]))
-    rope_kernel[grid](
-        x_TKPH,
-        out_TKPH,
-        cos,
-        sin,
-        num_tokens,
-        num_heads,
-        *x_TKPH.stride()[:3],
-        *out_TKPH.stride()[:3],
-        HEADS_PER_GROUP=heads_per_group,
-        ROTATED_PER_GROUP=num_rotated,
-        HALF=head_dim // 2,
-        IS_INVERSE=is_inverse,
-        **tile,
-        num_warps=num_warps,
-    )
+    with on_device(x_TKPH.device):
+        rope_kernel[grid](
+            x_TKPH,
+            out_TKPH,
+            cos,
+            sin,
+            num_tokens,
+            num_heads,
+            *x_TKPH.stride()[:3],
+            *out_TKPH.stride()[:3],
+            HEADS_PER_GROUP=heads_per_group,
+            ROTATED_PER_GROUP=num_rotated,
+            HALF=head_dim // 2,
+            IS_INVERSE=is_inverse,
+            **tile,
+            num_warps=num_warps,
+        )

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..backend import on_device
+
 __all__ = [
     "BLOCK_F",
     "NUM_WARPS",
@@ -58,9 +60,10 @@ def swiglu_fwd_triton(x_R2F: torch.Tensor) -> torch.Tensor:
     y = torch.empty((num_rows, size), dtype=x_R2F.dtype, device=x_R2F.device)
     if y.numel():
         grid = (num_rows, triton.cdiv(size, BLOCK_F))
-        swiglu_fwd_kernel[grid](
-            x_R2F, y, size, x_R2F.stride(0), BLOCK_F=BLOCK_F, num_warps=NUM_WARPS
-        )
+        with on_device(x_R2F.device):
+            swiglu_fwd_kernel[grid](
+                x_R2F, y, size, x_R2F.stride(0), BLOCK_F=BLOCK_F, num_warps=NUM_WARPS
+            )
     return y
 
 
@@ -69,14 +72,15 @@ def swiglu_bwd_triton(dy_RF: torch.Tensor, x_R2F: torch.Tensor) -> torch.Tensor:
     num_rows, size = dy_RF.shape
     dx = torch.empty((num_rows, 2 * size), dtype=x_R2F.dtype, device=x_R2F.device)
     if dx.numel():
-        swiglu_bwd_kernel[(num_rows, triton.cdiv(size, BLOCK_F))](
-            dy_RF,
-            x_R2F,
-            dx,
-            size,
-            dy_RF.stride(0),
-            x_R2F.stride(0),
-            BLOCK_F=BLOCK_F,
-            num_warps=NUM_WARPS,
-        )
+        with on_device(x_R2F.device):
+            swiglu_bwd_kernel[(num_rows, triton.cdiv(size, BLOCK_F))](
+                dy_RF,
+                x_R2F,
+                dx,
+                size,
+                dy_RF.stride(0),
+                x_R2F.stride(0),
+                BLOCK_F=BLOCK_F,
+                num_warps=NUM_WARPS,
+            )
     return dx

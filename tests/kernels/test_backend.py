@@ -1,12 +1,14 @@
-"""The choice of an implementation."""
+"""The choice of an implementation, and where it launches."""
 
+import ast
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 
 from lclm_kernels import backend
-from lclm_kernels.backend import Candidate, choose
+from lclm_kernels.backend import Candidate, choose, on_device
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FAST = Candidate("fast", ("cuda",), (torch.bfloat16,))
@@ -63,3 +65,28 @@ def test_triton_serves_the_cpu_only_when_interpreted():
     assert choose("op", "auto", CUDA, torch.bfloat16, candidates) == "triton"
     expected = "triton" if backend.IS_INTERPRETED else "plain"
     assert choose("op", "auto", CPU, torch.bfloat16, candidates) == expected
+
+
+def test_a_launch_goes_to_the_device_of_its_tensors():
+    assert on_device(torch.device("cuda", 3)).idx == 3
+    with on_device(CPU):
+        pass
+
+
+def launches(node):
+    """Lines of kernel[grid](...) under node."""
+    calls = (item for item in ast.walk(node) if isinstance(item, ast.Call))
+    subscripts = (call.func for call in calls if isinstance(call.func, ast.Subscript))
+    return {item.lineno for item in subscripts if ast.unparse(item.value).endswith("_kernel")}
+
+
+def test_every_launch_says_on_which_device():
+    files = sorted(Path(backend.__file__).parent.glob("*/triton_impl.py"))
+    assert len(files) == 6
+    for path in files:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        guarded = set()
+        for item in ast.walk(tree):
+            if isinstance(item, ast.With) and "on_device(" in ast.unparse(item.items[0]):
+                guarded |= launches(item)
+        assert launches(tree) == guarded, path

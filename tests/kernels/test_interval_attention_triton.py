@@ -182,8 +182,9 @@ def test_what_triton_refuses(monkeypatch):
     of_head_dim = "takes head sizes 64, 96, 128, 256, the tensors have 80"
     assert tilings_module.refuse_triton(80, 1.0, cuda) == of_head_dim
     assert tilings_module.refuse_triton(64, -1.0, cuda) == "takes scale >= 0, got -1.0"
-    monkeypatch.setattr(tilings_module, "_capability", lambda device: (8, 6))
-    assert not tilings_module.use_tma_for(cuda, torch.bfloat16)
+    for capability in ((8, 6), (12, 0)):  # what TMA's tiles take is too much for the latter
+        monkeypatch.setattr(tilings_module, "_capability", lambda device, found=capability: found)
+        assert not tilings_module.use_tma_for(cuda, torch.bfloat16)
     monkeypatch.setattr(tilings_module, "_capability", lambda device: (7, 5))
     assert "capability 8.0 or newer, cuda:0 has 7.5" in tilings_module.refuse_triton(64, 1.0, cuda)
 
