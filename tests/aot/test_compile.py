@@ -94,6 +94,13 @@ def test_every_kernel_has_cases():
     assert not missing
 
 
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*/*.tsv")), ids=lambda x: x.stem)
+def test_no_budget_allows_spills(path):
+    title, *rows = (line.split("\t") for line in path.read_text(encoding="ascii").splitlines())
+    column = title.index("spill_bytes")
+    assert rows and {row[0]: row[column] for row in rows if row[column] != "0"} == {}
+
+
 @pytest.mark.timeout(TIMEOUT_S + 20)
 @pytest.mark.parametrize("architecture", [90, pytest.param(80, marks=pytest.mark.long)])
 @pytest.mark.parametrize("operator", OPERATORS)
