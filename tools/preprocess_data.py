@@ -51,8 +51,8 @@ conversations (--chat)
   cuts a conversation. One process does this; --workers and --append-eod do not apply.
 
 output
-  The format of Megatron-LM, byte for byte what its own tool writes with --append-eod; a document
-  without text has no tokens and is counted. <prefix>.json records tokenizer, sources, options,
+  The format of Megatron-LM, byte for byte what its own tool writes with --append-eod, but that text
+  which spells a special token stays text; a document without text has no tokens and is counted. <prefix>.json records tokenizer, sources, options,
   tokens, documents and a histogram of document lengths. The output does not depend on --workers,
   and on an error nothing is written. Work lies in <prefix>.unfinished meanwhile: after a kill the
   same command goes on where it stopped.
