@@ -5,7 +5,7 @@
     python benchmarks/preprocess.py memory --gigabytes 10 --folder /scratch (and the same)
 
 Times are processor seconds of all processes of the tool, so that other work on the machine does not
-count; what the tool costs before its first text (start) is measured on one line and given apart.
+count; what the tool costs before its first text (start) is measured on a few lines and given apart.
 Texts are under "text". Results are appended to benchmarks/results/data.jsonl.
 """
 
@@ -23,6 +23,7 @@ from typing import Any
 from measure import record, run_measured
 
 from lclm.data.fast import choose_library, load_gigatoken, make_plain_json
+from lclm.data.readers import BLOCK_BYTES
 from lclm.data.tokenizer import load_tokenizer
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "preprocess_data.py"
@@ -53,8 +54,10 @@ def bench_speed(arguments: argparse.Namespace) -> None:
     assert plain_json is not None, "gigatoken was asked for by name"
     cpu: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        line = Path(folder) / "line.jsonl"
-        line.write_text(json.dumps({"text": "a line"}) + "\n", encoding="utf-8")
+        # a unit of input for every worker, so that all start, and next to no text
+        line = json.dumps({"text": "a line", "padding": "x" * BLOCK_BYTES}) + "\n"
+        nothing = Path(folder) / "nothing.jsonl"
+        nothing.write_text(line * max(arguments.workers), encoding="utf-8")
         for _ in range(arguments.repeats):  # interleaved, so that all see the same load
             raw = load_gigatoken(plain_json)
             for state in ("fresh", "warm"):
@@ -62,13 +65,13 @@ def bench_speed(arguments: argparse.Namespace) -> None:
                 num_tokens = sum(len(raw.encode(text)) for text in texts)
                 cpu.setdefault(f"raw {state}", []).append(time.process_time() - start)
             for workers in arguments.workers:
-                once, twice, nothing = (
+                start, once, twice = (
                     run_tool(arguments.tokenizer, inputs, f"{folder}/x", workers)["cpu_seconds"]
-                    for inputs in ([arguments.input], [arguments.input] * 2, [line])
+                    for inputs in ([nothing], [arguments.input], [arguments.input] * 2)
                 )
-                cpu.setdefault(f"tool {workers} fresh", []).append(once - nothing)
+                cpu.setdefault(f"tool {workers} fresh", []).append(once - start)
                 cpu.setdefault(f"tool {workers} warm", []).append(twice - once)
-                cpu.setdefault(f"tool {workers} start", []).append(nothing)
+                cpu.setdefault(f"tool {workers} start", []).append(start)
     rows = []
     for state in ("fresh", "warm"):
         floors = cpu[f"raw {state}"]

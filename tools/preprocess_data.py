@@ -52,10 +52,10 @@ conversations (--chat)
 
 output
   The format of Megatron-LM, byte for byte what its own tool writes with --append-eod, but that text
-  which spells a special token stays text; a document without text has no tokens and is counted. <prefix>.json records tokenizer, sources, options,
-  tokens, documents and a histogram of document lengths. The output does not depend on --workers,
-  and on an error nothing is written. Work lies in <prefix>.unfinished meanwhile: after a kill the
-  same command goes on where it stopped.
+  which spells a special token stays text; a document without text has no tokens and is counted.
+  <prefix>.json records tokenizer, sources, options, tokens, documents and a histogram of document
+  lengths. The output does not depend on --workers, and on an error nothing is written. Work lies in
+  <prefix>.unfinished meanwhile: after a kill the same command goes on where it stopped.
   --shard 3/16 does the third of sixteen parts, on any machine; tools/merge_data.py joins the
   sixteen prefixes to what one run would have written.
   --engine ray encodes on every core of a Ray cluster (pip install lclm[ray]) and writes the same
