@@ -206,9 +206,11 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, name):
         documents([write(tmp_path / name, "x")])
 
 
-@pytest.mark.parametrize("has_orjson", [True, False])
-def test_lines_that_the_fast_parser_must_not_decide(tmp_path, monkeypatch, has_orjson):
-    if not has_orjson:
+@pytest.mark.parametrize("parser", ["native", "orjson", "json"])
+def test_lines_that_a_fast_parser_must_not_decide(tmp_path, monkeypatch, parser):
+    if parser != "native":
+        monkeypatch.setattr("lclm_kernels.native.json_lines.load_native", lambda: None)
+    if parser == "json":
         monkeypatch.setattr("lclm.data.documents.orjson", None)
     cases = {
         '{"text": "a", "text": "b"}': "has the key 'text' twice",
