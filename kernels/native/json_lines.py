@@ -46,7 +46,7 @@ def json_texts(
         count = library.lclm_json_texts(
             source, start, len(data), name, len(name), MAX_LINES, MAX_TEXT, *pointers
         )
-        view, first = memoryview(text), 0
+        view, first = text.data, 0
         columns = (kinds[:count].tolist(), line_ends[:count].tolist(), text_ends[:count].tolist())
         for kind, line_end, text_end in zip(*columns):
             if kind == BLANK:
