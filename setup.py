@@ -38,6 +38,8 @@ TEST_REQUIREMENTS = [
     "mypy>=1.15",
     "matplotlib",
     "transformers>=4.46",
+    "llama-models",  # Llama 3's tokenizer file and the code that reads it
+    "mistral-common",  # SentencePiece models
 ]
 
 
