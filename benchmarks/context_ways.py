@@ -85,7 +85,7 @@ class Bench:
     def __init__(self, mesh: Mesh, rounds: int) -> None:
         # Megatron-core looks for CUDA when it is imported: not before the mesh is made.
         from lclm.model.build import build_model, init_weights
-        from lclm.train.context import attention_cost
+        from lclm.train.stages import attention_cost
         from lclm.train.step import Engine
 
         config = build_config(ROW_LENGTHS[0], mesh.cp_size)
@@ -93,7 +93,7 @@ class Bench:
         init_weights(model, config, mesh)
         self.engine = Engine(config, mesh, model, ["drawn"])
         self.mesh, self.rounds = mesh, rounds
-        cost = attention_cost(config, mesh.dtype, LINKS["nvlink"])
+        cost = attention_cost(config, mesh.dtype.itemsize, LINKS["nvlink"])
         machine = measure_machine(cost, mesh.cp_group, mesh.device, mesh.dtype)
         self.cost = replace(cost, machine=machine)
 

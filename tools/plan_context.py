@@ -18,7 +18,7 @@ from lclm.context.cost import CostModel, least_worst_share, predict, traffic_sha
 from lclm.context.lengths import read_histogram
 from lclm.context.machine import LINKS, RATES_NAME, published, read_machine
 from lclm.context.plan import RowPlan, candidate_plans, default_chunk, plan_row
-from lclm.train.stages import plan_stages
+from lclm.train.stages import attention_cost, plan_stages
 
 EPILOG = """\
 The rows come from the data of a configuration (--config; every stage, rows spread over it) or from
@@ -103,21 +103,12 @@ def rows_of_config(options: argparse.Namespace) -> tuple[dict[str, list[np.ndarr
     rows = {}
     for stage, planned in zip(config.stage, plan_stages(config)):
         numbers = np.linspace(0, len(planned) - 1, min(options.rows, len(planned))).astype(int)
-        lengths = [planned.row(number).doc_lengths for number in numbers.tolist()]
+        lengths = [planned.doc_lengths(number) for number in numbers.tolist()]
         if not stage.document_mask:
             lengths = [np.array([stage.seq_length])] * len(lengths)
         rows[f"stage {stage.name}, rows of {stage.seq_length}"] = lengths
-    tp, is_recomputed = config.parallel.tp, config.train.recompute == "full"
     is_fp32 = config.train.dtype == "fp32" or config.train.device == "cpu"
-    cost = CostModel(
-        num_heads=config.model.num_attention_heads // tp,
-        num_kv_heads=config.model.num_kv_heads // tp,
-        head_dim=config.model.head_size,
-        number_bytes=4 if is_fp32 else 2,
-        kept_layers=1 if is_recomputed else config.model.num_layers // config.parallel.pp,
-        is_recomputed=is_recomputed,
-    )
-    return rows, cost
+    return rows, attention_cost(config, 4 if is_fp32 else 2, LINKS["nvlink"])
 
 
 def judge(

@@ -12,15 +12,14 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 
 from lclm.config import Config
 from lclm.context.machine import RATES_NAME, read_machine
 from lclm.context.plan import RowPlan, build_row_plan
 from lclm.data.loader import Row
-from lclm.train.context import attention_cost, choose_comm, spread_rows
-from lclm.train.stages import plan_stages
+from lclm.train.context import choose_comm, spread_rows
+from lclm.train.stages import attention_cost, plan_stages
 
 COLORS = ["#3366aa", "#dd7733", "#449966", "#aa4477", "#777777", "#bbaa33", "#55aacc", "#884422"]
 BEFORE, AFTER = "#bbbbbb", "#3366aa"
@@ -133,7 +132,7 @@ def draw_layout(config: Config, path: Path) -> list[tuple[Row, RowPlan]]:
     """Which rank held which tokens of real rows of the last stage; returns rows and plans."""
     rows, layout = plan_stages(config)[-1], config.parallel.cp_layout
     machine = read_machine(Path(config.run.dir) / RATES_NAME)
-    cost = attention_cost(config, torch.float32, machine)
+    cost = attention_cost(config, 4, machine)
     comm = choose_comm(config, cost, [rows.doc_lengths(n) for n in spread_rows(len(rows))])
     chosen = []
     for row in choose_rows(config):

@@ -21,6 +21,7 @@ from lclm.context.cost import CostModel
 from lclm.context.machine import LINKS, RATES_NAME, Machine, load_machine
 from lclm.context.measure import measure_machine
 from lclm.mesh import Mesh, split_context
+from lclm.train.stages import attention_cost
 
 logger = logging.getLogger(__name__)
 
@@ -30,21 +31,6 @@ NUM_ROWS_COMPARED = 8
 def spread_rows(num_rows: int) -> list[int]:
     """Numbers of some rows of a stage, from its first to its last, by which "auto" decides."""
     return np.linspace(0, num_rows - 1, min(NUM_ROWS_COMPARED, num_rows)).astype(int).tolist()
-
-
-def attention_cost(config: Config, dtype: torch.dtype, machine: Machine) -> CostModel:
-    """A layer's attention on one rank; the dtype is that of q, k and v."""
-    model, parallel = config.model, config.parallel
-    is_recomputed = config.train.recompute == "full"
-    return CostModel(
-        machine=machine,
-        num_heads=model.num_attention_heads // parallel.tp,
-        num_kv_heads=model.num_kv_heads // parallel.tp,
-        head_dim=model.head_size,
-        number_bytes=dtype.itemsize,
-        kept_layers=1 if is_recomputed else model.num_layers // parallel.pp,
-        is_recomputed=is_recomputed,
-    )
 
 
 def find_machine(config: Config, mesh: Mesh) -> Machine:
@@ -65,7 +51,7 @@ def find_machine(config: Config, mesh: Mesh) -> Machine:
         machine = load_machine(known[0])
         logger.info("context rates of %s: %s", path, machine.summary())
         return machine
-    cost = attention_cost(config, mesh.dtype, LINKS["nvlink"])
+    cost = attention_cost(config, mesh.dtype.itemsize, LINKS["nvlink"])
     machine = measure_machine(cost, mesh.cp_group, mesh.device, mesh.dtype)
     logger.info("context rates, measured: %s", machine.summary())
     if mesh.rank == 0:
@@ -109,7 +95,7 @@ def build_context(
     All processes of the world must call it at the same time: it may make groups.
     """
     parallel = config.parallel
-    cost = attention_cost(config, mesh.dtype, machine)
+    cost = attention_cost(config, mesh.dtype.itemsize, machine)
     chosen = [choose_comm(config, cost, rows)]
     dist.broadcast_object_list(chosen)  # processors of other kinds may round otherwise
     comm, heads, ring = chosen[0], None, None

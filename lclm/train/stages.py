@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lclm.config import Config, check_world
+from lclm.context.cost import CostModel
+from lclm.context.machine import Machine
 from lclm.data.loader import HeldOutRows, StageRows
 from lclm.data.remote import is_remote
 
@@ -91,6 +93,21 @@ def plan_validation(config: Config) -> list[list[HeldOutRows]]:
         ]
         for stage in config.stage
     ]
+
+
+def attention_cost(config: Config, number_bytes: int, machine: Machine) -> CostModel:
+    """A layer's attention on one rank; a number of q, k or v has `number_bytes`."""
+    model, parallel = config.model, config.parallel
+    is_recomputed = config.train.recompute == "full"
+    return CostModel(
+        machine=machine,
+        num_heads=model.num_attention_heads // parallel.tp,
+        num_kv_heads=model.num_kv_heads // parallel.tp,
+        head_dim=model.head_size,
+        number_bytes=number_bytes,
+        kept_layers=1 if is_recomputed else model.num_layers // parallel.pp,
+        is_recomputed=is_recomputed,
+    )
 
 
 def domain_names(planned: Sequence[StageRows]) -> list[str]:

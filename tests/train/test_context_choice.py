@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from lclm.context.comm import Comm
 from lclm.context.machine import LINKS, Rate
-from lclm.train.context import attention_cost, choose_comm, read_rates, spread_rows
+from lclm.train.context import choose_comm, read_rates, spread_rows
+from lclm.train.stages import attention_cost
 from tests.train.tiny import tiny_config
 
 ROWS = [np.array([40, 24]), np.array([64])]
@@ -26,7 +26,7 @@ def test_a_configured_way_is_taken() -> None:
         if comm == "ulysses_ring":
             changes["parallel__cp_ulysses"] = 2
         config = tiny_config("unused", **changes)
-        cost = attention_cost(config, torch.float32, LINKS["nvlink"])
+        cost = attention_cost(config, 4, LINKS["nvlink"])
         assert choose_comm(config, cost, []) == Comm(comm, shared)
 
 
@@ -36,7 +36,7 @@ def test_auto_says_what_it_chose_and_why(caplog: pytest.LogCaptureFixture) -> No
     chosen = []
     for name in ("message", "gather"):
         machine = replace(LINKS["nvlink"], **{name: slow})
-        cost = attention_cost(config, torch.float32, machine)
+        cost = attention_cost(config, 4, machine)
         with caplog.at_level(logging.INFO):
             chosen.append(choose_comm(config, cost, ROWS))
         ways = r"ring \S+, ulysses_ring\(2\) \S+, ulysses \S+, gather \S+$"
@@ -47,11 +47,11 @@ def test_auto_says_what_it_chose_and_why(caplog: pytest.LogCaptureFixture) -> No
 
 def test_a_layer_of_this_rank_is_costed() -> None:
     config = tiny_config("unused", parallel__tp=2, parallel__pp=2, parallel__cp=2)
-    cost = attention_cost(config, torch.bfloat16, LINKS["nvlink"])
+    cost = attention_cost(config, 2, LINKS["nvlink"])
     assert (cost.num_heads, cost.num_kv_heads, cost.head_dim) == (2, 1, 8)
     assert (cost.number_bytes, cost.kept_layers, cost.is_recomputed) == (2, 2, False)
     config = tiny_config("unused", train__recompute="full")
-    cost = attention_cost(config, torch.float32, LINKS["nvlink"])
+    cost = attention_cost(config, 4, LINKS["nvlink"])
     assert (cost.number_bytes, cost.kept_layers, cost.is_recomputed) == (4, 1, True)
 
 
