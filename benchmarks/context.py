@@ -30,11 +30,9 @@ from typing import Any
 
 import numpy as np
 
-from lclm.context.choice import choose_fastest, compare_comms
-from lclm.context.cost import CostModel, least_worst_share, predict, traffic_share
-from lclm.context.lengths import LengthHistogram, read_histogram
-from lclm.context.machine import LINKS, published
-from lclm.context.plan import (
+from lclm.context.plan.choice import choose_fastest, compare_comms
+from lclm.context.plan.cost import CostModel, least_worst_share, predict, traffic_share
+from lclm.context.plan.layouts import (
     RowPlan,
     balanced_plan,
     candidate_plans,
@@ -43,6 +41,8 @@ from lclm.context.plan import (
     plan_row,
     zigzag_plan,
 )
+from lclm.context.plan.lengths import LengthHistogram, read_histogram
+from lclm.context.plan.rates import LINKS, published
 from lclm_kernels.native.context_plan import assign_chunks
 from lclm_kernels.native.ops import load_native
 

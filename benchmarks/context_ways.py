@@ -30,12 +30,12 @@ import torch
 import torch.distributed as dist
 
 from lclm.config import Config
-from lclm.context.choice import choose_fastest, compare_comms
-from lclm.context.comm import Comm
-from lclm.context.lengths import read_histogram
-from lclm.context.machine import LINKS
 from lclm.context.measure import measure_machine
-from lclm.data.loader import Row
+from lclm.context.plan.choice import choose_fastest, compare_comms
+from lclm.context.plan.comm import Comm
+from lclm.context.plan.lengths import read_histogram
+from lclm.context.plan.rates import LINKS
+from lclm.data.stage_rows import Row
 from lclm.log import setup_logging
 from lclm.mesh import Mesh, build_mesh, leave
 
@@ -99,7 +99,7 @@ class Bench:
 
     def compare(self, row_length: int, longest: int) -> list[dict[str, Any]]:
         """One record per way."""
-        from lclm.train.context import build_context
+        from lclm.train.context_setup import build_context
         from lclm.train.micro_batch import MicroBatchBuilder
 
         mesh, size = self.mesh, self.mesh.cp_size

@@ -21,8 +21,8 @@ import numpy as np
 from measure import record
 
 from lclm.data.indexed import IndexedReader, adopt_tokens
-from lclm.data.loader import StageRows
 from lclm.data.mixture import MixtureEntry
+from lclm.data.stage_rows import StageRows
 from lclm_kernels.native import pack_best_fit, pack_concat, seeded_order
 
 ROW_LENGTH = 65536

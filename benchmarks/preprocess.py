@@ -22,10 +22,10 @@ from typing import Any
 
 from measure import record, run_measured
 
-from lclm.data.fast import choose_library, load_gigatoken, make_plain_json
 from lclm.data.indexed import dtype_for_vocab
-from lclm.data.readers import BLOCK_BYTES
 from lclm.data.tokenizer import load_tokenizer
+from lclm.prepare.gigatoken import choose_library, load_gigatoken, make_plain_json
+from lclm.prepare.readers import BLOCK_BYTES
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "preprocess_data.py"
 COPY_BYTES = 1 << 24

@@ -5,8 +5,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from lclm.checkpoint.convert import convert_from_hf
 from lclm.checkpoint.folder import CheckpointError
+from lclm.hf.convert import convert_from_hf
 
 EPILOG = """\
 The checkpoint folder holds `latest` and step_00000000 with the weights, lclm.json and the tokenizer

@@ -6,8 +6,8 @@ import re
 import sys
 from pathlib import Path
 
-from lclm.checkpoint.convert import DEFAULT_SHARD_BYTES, EXPORT_DTYPES, convert_to_hf
 from lclm.checkpoint.folder import CheckpointError
+from lclm.hf.convert import DEFAULT_SHARD_BYTES, EXPORT_DTYPES, convert_to_hf
 
 EPILOG = """\
 The folder holds the weights (safetensors, streamed: memory stays at about one tensor), config.json

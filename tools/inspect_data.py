@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from lclm.data.batch import IGNORED_LABEL, build_label_weights, build_labels
 from lclm.data.domain import Domain
 from lclm.data.indexed import IndexedReader, length_histogram
-from lclm.data.loader import Row, StageRows
+from lclm.data.labels import IGNORED_LABEL, build_label_weights, build_labels
 from lclm.data.mixture import PACKINGS, MixtureEntry
 from lclm.data.remote import fetch_prefix
+from lclm.data.stage_rows import Row, StageRows
 from lclm.data.tokenizer import Tokenizer, load_tokenizer
-from lclm.data.verify import verify_prefix
+from lclm.prepare.verify import verify_prefix
 
 DETAILS = """
 Without options: documents, tokens and a histogram of document lengths of every prefix.

@@ -5,9 +5,9 @@ import argparse
 import logging
 import sys
 
-from lclm.data.merge import merge_prefixes
 from lclm.data.remote import fetch_prefix
 from lclm.log import setup_logging
+from lclm.prepare.merge import merge_prefixes
 
 LOG = logging.getLogger("lclm.tools")
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from lclm.config_file import load_config
-from lclm.context.choice import choose_fastest, compare_comms
-from lclm.context.cost import CostModel, least_worst_share, predict, traffic_share
-from lclm.context.lengths import read_histogram
-from lclm.context.machine import LINKS, RATES_NAME, published, read_machine
-from lclm.context.plan import RowPlan, candidate_plans, default_chunk, plan_row
+from lclm.context.plan.choice import choose_fastest, compare_comms
+from lclm.context.plan.cost import CostModel, least_worst_share, predict, traffic_share
+from lclm.context.plan.layouts import RowPlan, candidate_plans, default_chunk, plan_row
+from lclm.context.plan.lengths import read_histogram
+from lclm.context.plan.rates import LINKS, RATES_NAME, published, read_machine
 from lclm.train.stages import attention_cost, plan_stages
 
 EPILOG = """\

@@ -8,13 +8,13 @@ import re
 import sys
 from concurrent.futures.process import BrokenProcessPool
 
-from lclm.data.chat import TEMPLATES
-from lclm.data.encode import EncodeOptions, EncodeSummary, encode_sources
-from lclm.data.encode_chat import encode_conversations
-from lclm.data.readers import find_sources
 from lclm.data.remote import fetch_inputs
 from lclm.data.tokenizer import load_tokenizer
 from lclm.log import setup_logging
+from lclm.prepare.chat import TEMPLATES
+from lclm.prepare.chat_encoder import encode_conversations
+from lclm.prepare.encoder import EncodeOptions, EncodeSummary, encode_sources
+from lclm.prepare.readers import find_sources
 
 LOG = logging.getLogger("lclm.tools")
 NUM_CORES = len(os.sched_getaffinity(0))

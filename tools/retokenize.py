@@ -6,9 +6,9 @@ import logging
 import sys
 
 from lclm.data.remote import fetch_dataset
-from lclm.data.retokenize import retokenize
 from lclm.data.tokenizer import load_tokenizer
 from lclm.log import setup_logging
+from lclm.prepare.retokenize import retokenize
 
 LOG = logging.getLogger("lclm.tools")
 

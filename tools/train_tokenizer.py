@@ -11,12 +11,12 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from lclm.data.documents import read_unit
-from lclm.data.progress import Progress
-from lclm.data.readers import Problem, Source, find_sources, iterate_units
 from lclm.data.remote import fetch_inputs
 from lclm.data.tokenizer import LLAMA3_PATTERN
 from lclm.log import setup_logging
+from lclm.prepare.documents import read_unit
+from lclm.prepare.progress import Progress
+from lclm.prepare.readers import Problem, Source, find_sources, iterate_units
 
 LOG = logging.getLogger("lclm.tools")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lclm.context.lengths import read_histogram
+from lclm.context.plan.lengths import read_histogram
 
 from .contest import Work
 

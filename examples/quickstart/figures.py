@@ -15,10 +15,10 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from lclm.config import Config
-from lclm.context.machine import RATES_NAME, read_machine
-from lclm.context.plan import RowPlan, build_row_plan
-from lclm.data.loader import Row
-from lclm.train.context import choose_comm, spread_rows
+from lclm.context.plan.layouts import RowPlan, build_row_plan
+from lclm.context.plan.rates import RATES_NAME, read_machine
+from lclm.data.stage_rows import Row
+from lclm.train.context_setup import choose_comm, spread_rows
 from lclm.train.stages import attention_cost, plan_stages
 
 COLORS = ["#3366aa", "#dd7733", "#449966", "#aa4477", "#777777", "#bbaa33", "#55aacc", "#884422"]

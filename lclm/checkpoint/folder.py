@@ -246,3 +246,16 @@ def _move_into_place(staging: Path, target: Path) -> None:
         os.rename(old, target)
         raise
     shutil.rmtree(old)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One JSON object from a file. Raises CheckpointError if it is absent or something else."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file; give a complete folder") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is not JSON: {error}; copy the file again") from error
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{path}: must hold one JSON object, not {type(tree).__name__}")
+    return tree

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lclm.checkpoint.hf_config import GENERATION_CONFIG_NAME, read_json
+from lclm.checkpoint.folder import read_json
+
+GENERATION_CONFIG_NAME = "generation_config.json"
 
 # Any one of these makes a folder one with a tokenizer.
 VOCABULARY_NAMES = ("tokenizer.json", "tokenizer.model", "vocab.json")

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from lclm.context.exchange import DIGESTS, Message, Transfer
-from lclm.context.row_plan import RowPlan
+from lclm.context.plan.row_plan import RowPlan
 
 
 class Agreement:
@@ -19,7 +19,7 @@ class Agreement:
 
     Args:
         plan: of the row.
-        comm: name of the way, see `lclm.context.comm`.
+        comm: name of the way, see `lclm.context.plan.comm`.
         groups: every group in which messages of this row will travel.
         device: of the messages.
     """

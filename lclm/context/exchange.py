@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lclm.context.row_plan import RowPlan
+from lclm.context.plan.row_plan import RowPlan
 from lclm_kernels.interval_attention import IntervalPlan, make_plan
 
 # Tags keep kinds of message apart where two ranks exchange several (gloo; NCCL goes by order).

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from lclm.context.agreement import Agreement
-from lclm.context.row_plan import RowPlan
+from lclm.context.plan.row_plan import RowPlan
 from lclm_kernels.interval_attention import IntervalPlan, interval_attention, make_plan
 
 

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lclm.context.cost import CostModel
 from lclm.context.exchange import HEADS, KEYS, Message, Transfer
-from lclm.context.machine import Machine, Rate
+from lclm.context.plan.cost import CostModel
+from lclm.context.plan.rates import Machine, Rate
 from lclm_kernels.interval_attention import backward, forward, make_plan
 
 # Runs of long and of short work, after one that does not count; the fastest counts. As many on

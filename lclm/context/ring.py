@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from lclm.context.agreement import Agreement
 from lclm.context.exchange import KeyExchange, Transfer
-from lclm.context.row_plan import RowPlan
+from lclm.context.plan.row_plan import RowPlan
 from lclm_kernels.interval_attention import backward, forward
 
 Tensors = tuple[torch.Tensor, ...]

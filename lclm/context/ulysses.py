@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 
 from lclm.context.agreement import Agreement
-from lclm.context.comm import kv_copies
 from lclm.context.exchange import HEADS, Message, Transfer
+from lclm.context.plan.comm import kv_copies
+from lclm.context.plan.row_plan import RowPlan
 from lclm.context.ring import ContextAttention, RingPasses, Tensors
-from lclm.context.row_plan import RowPlan
 
 
 class HeadExchange:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from lclm.data.readers import import_optional
+from lclm.files import import_optional
 
 __all__ = ["MdsDocument", "MdsReader"]
 

@@ -20,12 +20,12 @@ from lclm.checkpoint import store
 from lclm.checkpoint.folder import CheckpointInfo
 from lclm.config import Config
 from lclm.config_file import dump_toml
-from lclm.data.loader import StageRows
 from lclm.data.prefetch import Prefetcher
+from lclm.data.stage_rows import StageRows
 from lclm.mesh import Mesh
 from lclm.model.build import build_model, init_weights
 from lclm.optim import learning_rate, reset_state, set_learning_rate
-from lclm.train.context import build_context, find_machine, spread_rows
+from lclm.train.context_setup import build_context, find_machine, spread_rows
 from lclm.train.flops import peak_flops, row_flops
 from lclm.train.metrics import RunLog
 from lclm.train.micro_batch import (

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from lclm.config import Config
-from lclm.context.attend import ContextParallel
-from lclm.context.plan import RowPlan
-from lclm.data.batch import build_label_weights, build_labels
-from lclm.data.loader import Row
+from lclm.context.parallel import ContextParallel
+from lclm.context.plan.layouts import RowPlan
+from lclm.data.labels import build_label_weights, build_labels
+from lclm.data.stage_rows import Row
 from lclm.mesh import Mesh
 from lclm.model.row import RowContext
 from lclm_kernels.rope import SCALING_KEYS, build_rope_table

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lclm.config import Config, check_world
-from lclm.context.cost import CostModel
-from lclm.context.machine import Machine
-from lclm.data.loader import HeldOutRows, StageRows
+from lclm.context.plan.cost import CostModel
+from lclm.context.plan.rates import Machine
 from lclm.data.remote import is_remote
+from lclm.data.stage_rows import HeldOutRows, StageRows
 
 
 @dataclass(frozen=True)

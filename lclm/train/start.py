@@ -16,8 +16,8 @@ from lclm.checkpoint.folder import (
 )
 from lclm.config import Config, ConfigError
 from lclm.data.indexed import IndexedReader
-from lclm.data.loader import check_same_tokenizer
 from lclm.data.remote import fetch_prefix
+from lclm.data.stage_rows import check_same_tokenizer
 from lclm.data.tokenizer import Tokenizer, load_tokenizer
 from lclm.train.stages import find_position
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lclm.checkpoint.hf_config import HfModel
-from lclm.checkpoint.torch_dist import TorchDistReader
+from lclm.hf.config import HfModel
+from lclm.hf.torch_dist import TorchDistReader
 
 LLAMA3_SCALING = {
     "rope_type": "llama3",

@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 
 from lclm.context import ring
-from lclm.context.cost import CostModel
 from lclm.context.exchange import GRADIENTS, KEYS, Message, Transfer
 from lclm.context.gather import GatheredAttention
 from lclm.context.measure import measure_machine
-from lclm.context.plan import contiguous_plan, zigzag_plan
+from lclm.context.plan.cost import CostModel
+from lclm.context.plan.layouts import contiguous_plan, zigzag_plan
+from lclm.context.plan.row_plan import RowPlan
 from lclm.context.ring import ContextAttention, build_ring
-from lclm.context.row_plan import RowPlan
 from lclm.context.ulysses import build_ulysses
 
 CPU = torch.device("cpu")

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lclm.context import plan as plans
 from lclm.context.exchange import DIGESTS, KEYS
 from lclm.context.gather import GatheredAttention
+from lclm.context.plan import layouts as plans
+from lclm.context.plan.row_plan import RowPlan
 from lclm.context.ring import build_ring
-from lclm.context.row_plan import RowPlan
 from lclm.context.ulysses import build_ulysses
 from lclm_kernels.interval_attention import interval_attention, make_plan
 

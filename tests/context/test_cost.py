@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lclm.context.choice import choose_fastest, compare_comms
-from lclm.context.comm import GATHER, RING, Comm, candidate_comms, predict_seconds
-from lclm.context.cost import CostModel, predict
-from lclm.context.machine import LINKS, Machine, Rate, load_machine, read_machine
-from lclm.context.plan import contiguous_plan, zigzag_plan
+from lclm.context.plan.choice import choose_fastest, compare_comms
+from lclm.context.plan.comm import GATHER, RING, Comm, candidate_comms, predict_seconds
+from lclm.context.plan.cost import CostModel, predict
+from lclm.context.plan.layouts import contiguous_plan, zigzag_plan
+from lclm.context.plan.rates import LINKS, Machine, Rate, load_machine, read_machine
 
 # One pair of a head takes one second, forward and backward; a byte takes one second on a link.
 SLOW = Machine(

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from lclm.context.machine import load_machine
+from lclm.context.plan.rates import load_machine
 from tests import distributed
 from tests.context import failure_worker
 from tests.distributed import DistributedError, run_distributed

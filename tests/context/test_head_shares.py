@@ -7,9 +7,9 @@ import re
 import pytest
 import torch
 
-from lclm.context.comm import kv_copies
 from lclm.context.exchange import KeyExchange
-from lclm.context.plan import contiguous_plan, zigzag_plan
+from lclm.context.plan.comm import kv_copies
+from lclm.context.plan.layouts import contiguous_plan, zigzag_plan
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lclm.context.lengths import LengthHistogram, read_histogram
+from lclm.context.plan.lengths import LengthHistogram, read_histogram
 
 PUBLISHED = Path(__file__).parents[2] / "benchmarks" / "data" / "doc_lengths_magi.csv"
 

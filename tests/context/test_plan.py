@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lclm.context.plan import (
+from lclm.context.plan.layouts import (
     RowPlan,
     build_row_plan,
     contiguous_plan,

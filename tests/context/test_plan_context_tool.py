@@ -12,7 +12,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from lclm.context.machine import LINKS, Rate
+from lclm.context.plan.rates import LINKS, Rate
 from lclm.data.indexed import IndexedWriter
 
 ROOT = Path(__file__).parents[2]

@@ -7,11 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lclm.context.comm import GATHER, RING, Comm, predict_seconds
-from lclm.context.cost import CostModel, least_worst_share, predict, traffic_share
-from lclm.context.lengths import read_histogram
-from lclm.context.machine import LINKS, Rate
-from lclm.context.plan import (
+from lclm.context.plan.comm import GATHER, RING, Comm, predict_seconds
+from lclm.context.plan.cost import CostModel, least_worst_share, predict, traffic_share
+from lclm.context.plan.layouts import (
     RowPlan,
     balanced_plan,
     build_row_plan,
@@ -22,6 +20,8 @@ from lclm.context.plan import (
     plan_row,
     zigzag_plan,
 )
+from lclm.context.plan.lengths import read_histogram
+from lclm.context.plan.rates import LINKS, Rate
 
 HISTOGRAM = Path(__file__).parents[2] / "benchmarks" / "data" / "doc_lengths_magi.csv"
 CP_SIZES = [1, 2, 3, 4, 6, 8]

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lclm.data.batch import build_label_weights, build_labels
 from lclm.data.domain import Cursor
-from lclm.data.loader import StageRows
+from lclm.data.labels import build_label_weights, build_labels
 from lclm.data.mixture import MixtureEntry
-from lclm.data.plan_cache import hash_plan, load_or_make
+from lclm.data.packing_cache import hash_plan, load_or_make
+from lclm.data.stage_rows import StageRows
 from lclm_kernels.native import load_native, pack_best_fit, seeded_order
 
 IMPLEMENTATIONS = ["reference"] + (["native"] if load_native() else [])

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from lclm.config import MixtureEntry as ConfigEntry
-from lclm.data.loader import HeldOutRows, StageRows
 from lclm.data.mixture import MixtureEntry
+from lclm.data.stage_rows import HeldOutRows, StageRows
 
 NUM_ROWS = 64
 ROW = 32

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from lclm.data.indexed import IndexedReader, IndexedWriter
-from lclm.data.loader import StageRows
 from lclm.data.mds import MdsReader
 from lclm.data.mixture import MixtureEntry
-from lclm.data.retokenize import retokenize
+from lclm.data.stage_rows import StageRows
 from lclm.data.tokenizer import load_tokenizer
+from lclm.prepare.retokenize import retokenize
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARDS = Path(__file__).resolve().parent / "mds"

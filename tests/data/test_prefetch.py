@@ -10,9 +10,9 @@ import pytest
 
 from lclm.data import retry
 from lclm.data.indexed import IndexedReader
-from lclm.data.loader import StageRows
 from lclm.data.mixture import MixtureEntry
 from lclm.data.prefetch import Prefetcher
+from lclm.data.stage_rows import StageRows
 
 
 def wait_for(condition):

@@ -19,9 +19,9 @@ from fsspec.registry import known_implementations
 
 from lclm.data import remote, retry
 from lclm.data.indexed import IndexedReader
-from lclm.data.loader import StageRows
 from lclm.data.mixture import MixtureEntry
 from lclm.data.remote import fetch_dataset, fetch_inputs, fetch_prefix
+from lclm.data.stage_rows import StageRows
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARDS = Path(__file__).resolve().parent / "mds"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lclm.context.machine import LINKS
+from lclm.context.plan.rates import LINKS
 from lclm.log import setup_logging
 from tests.train.tiny import ROW_LENGTH, ROWS_PER_STEP, half_labelled_row, ragged_row, tiny_config
 
@@ -36,7 +36,7 @@ def train_steps(
     make_row: Callable[[int], tuple[np.ndarray, np.ndarray]],
 ) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step on this process's place in the layout."""
-    from lclm.data.loader import Row
+    from lclm.data.stage_rows import Row
     from lclm.mesh import build_mesh, leave
 
     is_in_order = changes.get("in_order", False)
@@ -44,7 +44,7 @@ def train_steps(
     mesh = build_mesh(config)
     from lclm.model.build import build_model, init_weights
     from lclm.optim import learning_rate, set_learning_rate
-    from lclm.train.context import build_context
+    from lclm.train.context_setup import build_context
     from lclm.train.micro_batch import MicroBatchBuilder, deal_rows
     from lclm.train.step import Engine
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lclm.context.comm import Comm
-from lclm.context.machine import LINKS, Rate
-from lclm.train.context import choose_comm, read_rates, spread_rows
+from lclm.context.plan.comm import Comm
+from lclm.context.plan.rates import LINKS, Rate
+from lclm.train.context_setup import choose_comm, read_rates, spread_rows
 from lclm.train.stages import attention_cost
 from tests.train.tiny import tiny_config
 

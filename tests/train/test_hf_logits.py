@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from lclm.context.machine import LINKS
+from lclm.context.plan.rates import LINKS
 from tests import tolerances
 from tests.distributed import run_distributed
 from tests.train.tiny import VOCAB_SIZE, tiny_config
@@ -30,14 +30,14 @@ LLAMA3_SCALING = {
 
 def load_and_run(folder: Path, tokens: np.ndarray, changes: dict[str, Any]) -> np.ndarray:
     """This tp rank's logits `[T, V / tp]` of the weights in a checkpoint folder."""
-    from lclm.data.loader import Row
+    from lclm.data.stage_rows import Row
     from lclm.mesh import build_mesh
 
     config = tiny_config("unused", **changes)
     mesh = build_mesh(config)
     from lclm.checkpoint import store
     from lclm.model.build import build_model
-    from lclm.train.context import build_context
+    from lclm.train.context_setup import build_context
     from lclm.train.micro_batch import MicroBatchBuilder
 
     model = build_model(config, mesh)
@@ -54,7 +54,7 @@ def load_and_run(folder: Path, tokens: np.ndarray, changes: dict[str, Any]) -> n
 
 def save_and_run(folder: Path, tokens: np.ndarray, changes: dict[str, Any]) -> np.ndarray:
     """Save random weights as a checkpoint; this tp rank's logits `[T, V / tp]`."""
-    from lclm.data.loader import Row
+    from lclm.data.stage_rows import Row
     from lclm.mesh import build_mesh
 
     config = tiny_config("unused", **changes)
@@ -62,7 +62,7 @@ def save_and_run(folder: Path, tokens: np.ndarray, changes: dict[str, Any]) -> n
     from lclm.checkpoint import store
     from lclm.checkpoint.folder import CheckpointInfo
     from lclm.model.build import build_model, init_weights
-    from lclm.train.context import build_context
+    from lclm.train.context_setup import build_context
     from lclm.train.loop import versions
     from lclm.train.micro_batch import MicroBatchBuilder
     from lclm.train.step import Engine

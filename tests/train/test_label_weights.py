@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lclm.context.machine import LINKS
+from lclm.context.plan.rates import LINKS
 from tests import tolerances
 from tests.distributed import run_distributed
 from tests.train.tiny import VOCAB_SIZE, tiny_config
@@ -16,13 +16,13 @@ PROMPT_WEIGHT = 0.25
 
 def losses_by_weights() -> dict[str, tuple[float, int, np.ndarray]]:
     """Loss sum, labels and one gradient, with several weights of the same row's targets."""
-    from lclm.data.loader import Row
+    from lclm.data.stage_rows import Row
     from lclm.mesh import build_mesh
 
     config = tiny_config("unused")
     mesh = build_mesh(config)
     from lclm.model.build import build_model, init_weights
-    from lclm.train.context import build_context
+    from lclm.train.context_setup import build_context
     from lclm.train.micro_batch import MicroBatchBuilder
 
     model = build_model(config, mesh)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from lclm.context.attend import ContextParallel
-from lclm.context.comm import GATHER
-from lclm.context.cost import CostModel
-from lclm.data.loader import Row
+from lclm.context.parallel import ContextParallel
+from lclm.context.plan.comm import GATHER
+from lclm.context.plan.cost import CostModel
+from lclm.data.stage_rows import Row
 from lclm.train.micro_batch import MicroBatch, MicroBatchBuilder
 from tests.train.tiny import tiny_config
 

@@ -9,7 +9,7 @@ import pytest
 
 from lclm.config import check_world
 from lclm.config_file import load_config
-from lclm.context.plan import build_row_plan
+from lclm.context.plan.layouts import build_row_plan
 from tests.distributed import run_distributed
 
 ROOT = Path(__file__).parents[2]

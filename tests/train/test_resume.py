@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lclm.config_file import dump_toml
-from lclm.context.machine import RATES_NAME
+from lclm.context.plan.rates import RATES_NAME
 from tests import tolerances
 from tests.distributed import run_distributed
 from tests.train.sample_data import write_domain

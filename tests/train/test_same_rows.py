@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from lclm.config import Config, check_config
-from lclm.context.attend import ContextParallel
-from lclm.context.comm import GATHER
-from lclm.context.cost import CostModel
-from lclm.context.row_plan import RowPlan
+from lclm.context.parallel import ContextParallel
+from lclm.context.plan.comm import GATHER
+from lclm.context.plan.cost import CostModel
+from lclm.context.plan.row_plan import RowPlan
 from lclm.data.indexed import IndexedWriter
-from lclm.data.loader import Row
+from lclm.data.stage_rows import Row
 from lclm.train.loop import Run
 from lclm.train.micro_batch import MicroBatch, MicroBatchBuilder
 from lclm.train.stages import find_position, plan_stages

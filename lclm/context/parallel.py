@@ -1,0 +1,62 @@
+"""Deals the rows of a stage out to context ranks, and makes the attention that joins them again."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from lclm.context.gather import GatheredAttention, LocalAttention
+from lclm.context.plan.comm import Comm
+from lclm.context.plan.cost import CostModel
+from lclm.context.plan.layouts import build_row_plan
+from lclm.context.plan.row_plan import RowPlan
+from lclm.context.ring import ContextAttention, build_ring
+from lclm.context.ulysses import build_ulysses
+from lclm_kernels.interval_attention import make_plan
+
+
+class ContextParallel:
+    """One layout and one way for keys; makes plan and attention of each row.
+
+    Args:
+        layout: see `lclm.context.plan.layouts.build_row_plan`.
+        comm: how queries meet keys.
+        cost: by which rows of the layout "auto" are dealt out; its heads are those of the layers.
+        group: the context ranks.
+        device: where tensors live.
+        head_group, ring_group: of a ulysses_ring, see `build_ulysses`.
+    """
+
+    def __init__(
+        self,
+        layout: str,
+        comm: Comm,
+        cost: CostModel,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        head_group: dist.ProcessGroup | None = None,
+        ring_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        # One rank holds a row whole, whatever its length.
+        self._layout = layout if group.size() > 1 else "contiguous"
+        self._cost, self._group, self._device = cost, group, device
+        self._parts = (head_group, ring_group)
+        self.comm = comm
+
+    def plan(self, doc_lengths: np.ndarray) -> RowPlan:
+        """Deal out a row; equal on all ranks."""
+        size = self._group.size()
+        return build_row_plan(self._layout, doc_lengths, size, None, self._cost, self.comm)
+
+    def attention(self, plan: RowPlan) -> LocalAttention | GatheredAttention | ContextAttention:
+        """Attention over the row of a plan; what depends on the mask is made here, once."""
+        group, device = self._group, self._device
+        if plan.cp_size == 1:
+            return LocalAttention(make_plan(*plan.intervals(0), plan.row_length))
+        if self.comm.name == "gather":
+            return GatheredAttention(plan, group, device)
+        if self.comm.name == "ring":
+            return build_ring(plan, group, device)
+        heads = (self._cost.num_heads, self._cost.num_kv_heads)
+        return build_ulysses(plan, *heads, group, device, *self._parts)

@@ -1,0 +1,264 @@
+"""Plans of rows: the layouts, and the planner that picks the fastest one for a row's documents."""
+
+import numpy as np
+
+from lclm.context.plan.comm import RING, Comm, predict_seconds
+from lclm.context.plan.cost import CostModel
+from lclm.context.plan.rates import LINKS
+from lclm.context.plan.row_plan import (
+    DocLengths,
+    RowPlan,
+    Span,
+    Step,
+    check_cp_size,
+    check_doc_lengths,
+)
+from lclm_kernels.native.context_plan import assign_chunks
+
+__all__ = [
+    "RowPlan",
+    "Span",
+    "Step",
+    "balanced_plan",
+    "build_row_plan",
+    "candidate_plans",
+    "contiguous_plan",
+    "default_chunk",
+    "mixed_plan",
+    "plan_row",
+    "zigzag_plan",
+]
+
+
+_EVEN_AREA = 1.05  # largest over mean area of the ranks; less is not felt beside other noise
+
+
+def contiguous_plan(doc_lengths: DocLengths, cp_size: int) -> RowPlan:
+    """Rank r holds the r-th of `cp_size` equal stretches of the row.
+
+    Raises:
+        ValueError: bad lengths, cp_size < 1, or a row length that cp_size does not divide.
+    """
+    lengths = check_doc_lengths(doc_lengths)
+    step = _equal_parts(int(lengths.sum()), cp_size, parts=cp_size, layout="contiguous")
+    chunks = tuple(((rank * step, (rank + 1) * step),) for rank in range(cp_size))
+    return RowPlan(lengths, cp_size, chunks)
+
+
+def zigzag_plan(doc_lengths: DocLengths, cp_size: int) -> RowPlan:
+    """Rank r holds stretches r and 2*cp_size - 1 - r of 2*cp_size equal ones.
+
+    Balances a causal row of one document exactly; on ragged documents it does not (the solver of
+    `plan_row` does).
+
+    Raises:
+        ValueError: bad lengths, cp_size < 1, or a row length that 2 * cp_size does not divide.
+    """
+    lengths = check_doc_lengths(doc_lengths)
+    step = _equal_parts(int(lengths.sum()), cp_size, parts=2 * cp_size, layout="zigzag")
+    chunks = []
+    for rank in range(cp_size):
+        early, late = rank * step, (2 * cp_size - 1 - rank) * step
+        touching = early + step == late
+        pair = ((early, late + step),) if touching else ((early, early + step), (late, late + step))
+        chunks.append(pair)
+    return RowPlan(lengths, cp_size, tuple(chunks))
+
+
+def balanced_plan(
+    doc_lengths: DocLengths, cp_size: int, chunk: int, implementation: str = "auto"
+) -> RowPlan:
+    """Spread area evenly over the ranks and let little travel; span ends are multiples of `chunk`.
+
+    Long documents are split over as few ranks as fit, short ones stay whole where the grid of
+    chunks allows (`lclm_kernels.native.context_plan`).
+
+    Args:
+        doc_lengths: tokens of each document.
+        cp_size: number of ranks R.
+        chunk: granularity in tokens; R * chunk must divide the row length.
+        implementation: "auto", "native" (C++) or "reference" (NumPy); they give the same plan.
+
+    Raises:
+        ValueError: bad lengths, cp_size < 1, or a row length that cp_size * chunk does not divide.
+    """
+    lengths = check_doc_lengths(doc_lengths)
+    _check_grid(int(lengths.sum()), cp_size, chunk)
+    return _dealt(lengths, cp_size, chunk, assign_chunks(lengths, cp_size, chunk, implementation))
+
+
+def mixed_plan(
+    doc_lengths: DocLengths, cp_size: int, chunk: int, implementation: str = "auto"
+) -> RowPlan:
+    """Zigzag within each document that no rank can hold whole; what is left is balanced.
+
+    Long documents are then even to the pair, at the price of all ranks seeing each other's keys.
+    Where no document is long enough for 2 * cp_size chunks this is `balanced_plan`.
+
+    Args and errors: as `balanced_plan`.
+    """
+    lengths = check_doc_lengths(doc_lengths)
+    row_length = int(lengths.sum())
+    _check_grid(row_length, cp_size, chunk)
+    owner = np.full(row_length // chunk, -1)
+    left = lengths.copy()
+    ends = np.cumsum(lengths)
+    there_and_back = np.concatenate([np.arange(cp_size), np.arange(cp_size)[::-1]])
+    for document in np.flatnonzero(lengths > row_length // cp_size).tolist():
+        end = int(ends[document]) // chunk
+        start = -(-int(ends[document] - lengths[document]) // chunk)
+        each = (end - start) // (2 * cp_size)
+        if each > 0:
+            owner[end - 2 * cp_size * each : end] = np.repeat(there_and_back, each)
+            left[document] -= 2 * cp_size * each * chunk
+    if left.any():
+        owner[owner < 0] = assign_chunks(left[left > 0], cp_size, chunk, implementation)
+    return _dealt(lengths, cp_size, chunk, owner)
+
+
+def candidate_plans(
+    doc_lengths: DocLengths, cp_size: int, chunk: int, implementation: str = "auto"
+) -> dict[str, RowPlan]:
+    """Every layout that can be had on the grid of chunks, by name, the preferred one first.
+
+    Raises:
+        ValueError: as `balanced_plan`.
+    """
+    plans = {"balanced": balanced_plan(doc_lengths, cp_size, chunk, implementation)}
+    balanced = plans["balanced"]
+    if balanced.doc_lengths.max() > balanced.row_length // cp_size:
+        plans["mixed"] = mixed_plan(doc_lengths, cp_size, chunk, implementation)
+    plans["contiguous"] = contiguous_plan(doc_lengths, cp_size)
+    if balanced.row_length % (2 * cp_size * chunk) == 0:
+        plans["zigzag"] = zigzag_plan(doc_lengths, cp_size)
+    return plans
+
+
+def default_chunk(row_length: int, cp_size: int) -> int:
+    """A granularity for a row: about 1/1024 of it, at least 128 where that divides a rank's share.
+
+    128 is a tile of the attention kernels; 1024 chunks are planned in a few milliseconds. A power
+    of two; ValueError when cp_size does not divide the row.
+    """
+    share = _equal_parts(row_length, cp_size, parts=cp_size, layout="balanced")
+    chunk = 1 << (max(128, row_length // 1024).bit_length() - 1)
+    while share % chunk:
+        chunk //= 2
+    return chunk
+
+
+def plan_row(
+    doc_lengths: DocLengths,
+    cp_size: int,
+    chunk: int,
+    cost: CostModel | None = None,
+    comm: Comm = RING,
+    implementation: str = "auto",
+) -> RowPlan:
+    """The candidate whose attention is predicted to take least time.
+
+    Args:
+        doc_lengths: tokens of each document of the row.
+        cp_size: number of ranks R.
+        chunk: granularity in tokens: span ends are multiples of it; R * chunk must divide the row
+            length. Attention kernels work on tiles of 128; longer rows plan faster with more.
+        cost: rates of the machine and the model's attention shape. With it time alone decides, so
+            that a slow link may be worth an uneven layout. Without it only layouts with even area
+            are looked at, and a slow link is assumed, which asks for little traffic.
+        comm: how queries will meet keys. Neighbours that share heads get a rank's part of a plan
+            for so many fewer ranks.
+        implementation: of the balanced layout's solver, see `balanced_plan`.
+
+    Returns:
+        A pure function of the arguments, equal on every rank.
+
+    Raises:
+        ValueError: bad lengths, cp_size < 1, or a row length that cp_size * chunk does not divide.
+    """
+    check_cp_size(cp_size)
+    if cp_size % comm.shared:
+        raise ValueError(f"{cp_size} context ranks do not divide into groups of {comm.shared}")
+    _check_grid(int(check_doc_lengths(doc_lengths).sum()), cp_size, chunk)
+    plans = candidate_plans(doc_lengths, cp_size // comm.shared, chunk, implementation)
+    if cost is None:
+        cost = CostModel(LINKS["infiniband"])
+        areas = {name: plan.areas.sum(axis=1) for name, plan in plans.items()}
+        uneven = {name: float(area.max() / area.mean()) for name, area in areas.items()}
+        limit = max(_EVEN_AREA, uneven["balanced"])
+        plans = {name: plan for name, plan in plans.items() if uneven[name] <= limit}
+    if comm.shared > 1:
+        plans = {name: plan.split(comm.shared) for name, plan in plans.items()}
+    return min(plans.values(), key=lambda plan: predict_seconds(plan, cost, comm))
+
+
+_LAYOUTS = {"contiguous": contiguous_plan, "zigzag": zigzag_plan}
+
+
+def build_row_plan(
+    layout: str,
+    doc_lengths: DocLengths,
+    cp_size: int,
+    chunk: int | None = None,
+    cost: CostModel | None = None,
+    comm: Comm = RING,
+) -> RowPlan:
+    """Build the plan of a layout by name.
+
+    Args:
+        layout: "contiguous", "zigzag", or "auto": `plan_row`'s choice.
+        doc_lengths: tokens of each document.
+        cp_size: number of ranks.
+        chunk: granularity of "auto" in tokens; None: `default_chunk`.
+        cost, comm: of "auto", see `plan_row`.
+
+    Raises:
+        ValueError: an unknown layout, or what the layout itself refuses.
+    """
+    if layout == "auto":
+        lengths = check_doc_lengths(doc_lengths)
+        granularity = default_chunk(int(lengths.sum()), cp_size) if chunk is None else chunk
+        return plan_row(lengths, cp_size, granularity, cost, comm)
+    if layout not in _LAYOUTS:
+        names = ", ".join([*_LAYOUTS, "auto"])
+        raise ValueError(f"cp_layout is {layout!r}; it must be one of {names}")
+    return _LAYOUTS[layout](doc_lengths, cp_size)
+
+
+def _dealt(lengths: np.ndarray, cp_size: int, chunk: int, owner: np.ndarray) -> RowPlan:
+    """The plan in which `owner`, [row length / chunk], says who holds each chunk."""
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(owner)) + 1])
+    ends = np.append(starts[1:], len(owner))
+    spans: list[list[Span]] = [[] for _ in range(cp_size)]
+    borders = zip((starts * chunk).tolist(), (ends * chunk).tolist(), strict=True)
+    for rank, span in zip(owner[starts].tolist(), borders, strict=True):
+        spans[rank].append(span)
+    return RowPlan(lengths, cp_size, tuple(tuple(mine) for mine in spans))
+
+
+def _check_grid(row_length: int, cp_size: int, chunk: int) -> None:
+    """Raise ValueError unless every rank can get the same number of whole chunks."""
+    check_cp_size(cp_size)
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}; the granularity is at least 1 token")
+    if cp_size * chunk > row_length:
+        raise ValueError(
+            f"row of {row_length} tokens has fewer chunks of {chunk} than the {cp_size} ranks; use "
+            "a smaller chunk or cp_size"
+        )
+    if row_length % (cp_size * chunk):
+        raise ValueError(
+            f"row of {row_length} tokens is not a multiple of cp_size * chunk = {cp_size} * "
+            f"{chunk} = {cp_size * chunk}; choose a chunk that divides {row_length} / {cp_size}"
+        )
+
+
+def _equal_parts(row_length: int, cp_size: int, parts: int, layout: str) -> int:
+    """Tokens of each part when a row is cut into `parts`; ValueError when it cannot be."""
+    check_cp_size(cp_size)
+    if row_length % parts:
+        rule = "cp_size" if parts == cp_size else f"{parts // cp_size} * cp_size"
+        raise ValueError(
+            f"row of {row_length} tokens does not divide into {parts} equal parts; the {layout} "
+            f"layout needs a row length that is a multiple of {rule} = {parts}"
+        )
+    return row_length // parts

@@ -1,0 +1,335 @@
+"""The rows of a stage: row n is a pure function of (files, seed, stages before, n).
+
+There is no iterator state: any rank of any layout asks for the rows it needs, and a resumed run
+asks for the next one. Positions and row order are worked out once, when a stage is built, and cost
+tens of bytes per row; tokens stay on disk until a row is read.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lclm.data.domain import Cursor, Domain, seeded_order
+from lclm.data.indexed import IndexedReader
+from lclm.data.mixture import Entry, assign_rows, check_entries, share_ends
+from lclm.data.packing import (
+    DomainRows,
+    PackedRows,
+    build_best_fit_rows,
+    build_concat_rows,
+    build_exact_rows,
+)
+from lclm.data.packing_cache import Plan, hash_plan, load_or_make
+from lclm_kernels.native import pack_concat
+
+__all__ = ["Cursor", "HeldOutRows", "Row", "StageRows", "check_same_tokenizer"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One packed sequence."""
+
+    tokens: np.ndarray  # int64 [T]
+    doc_lengths: np.ndarray  # int64, tokens of each piece, adding up to T; padding is the last one
+    domain: str
+    token_weights: np.ndarray | None = None  # float32 [T], of each token as a target; None: all 1
+
+
+PLAN_VERSION = 2  # raised when the same inputs give other rows
+PLAN_FIELDS = ("row_start", "doc", "offset", "length")  # of PackedRows
+PADDING_TOKEN = 0  # never a target, never seen from another piece
+
+
+def _read_row(
+    domain: Domain, rows: PackedRows, number: int, seq_length: int, vocab_size: int | None
+) -> Row:
+    first, last = rows.row_start[number : number + 2].tolist()
+    doc_lengths = rows.length[first:last].astype(np.int64)
+    docs, offsets = rows.doc[first:last].tolist(), rows.offset[first:last].tolist()
+    tokens = np.full(seq_length, PADDING_TOKEN, np.int64)
+    num_tokens = int(doc_lengths.sum())
+    weights: np.ndarray | None = None
+    if domain.reader.has_weights or num_tokens < seq_length:
+        weights = np.ones(seq_length, np.float32)
+        weights[num_tokens:] = 0
+    at = 0
+    for doc, offset, length in zip(docs, offsets, doc_lengths.tolist()):
+        piece = domain.reader.read(doc, offset, length)
+        if vocab_size is not None and not 0 <= piece.min() <= piece.max() < vocab_size:
+            raise ValueError(
+                f"{domain.reader.prefix}.bin: tokens [{offset}, {offset + length}) of document "
+                f"{doc} hold ids from {piece.min()} to {piece.max()}, the model's vocabulary has "
+                f"{vocab_size}; the file is damaged or of another tokenizer: check it with "
+                "tools/inspect_data.py --verify"
+            )
+        tokens[at : at + length] = piece
+        if weights is not None and domain.reader.has_weights:
+            weights[at : at + length] = domain.reader.read_weights(doc, offset, length)
+        at += length
+    return Row(tokens, _padded_lengths(doc_lengths, seq_length), domain.name, weights)
+
+
+def _padded_lengths(lengths: np.ndarray, seq_length: int) -> np.ndarray:
+    """int64: the pieces' lengths, and that of the padding where there is any."""
+    room = seq_length - int(lengths.sum(dtype=np.int64))
+    return np.append(lengths, room).astype(np.int64) if room else lengths.astype(np.int64)
+
+
+class StageRows:
+    """All rows of one stage.
+
+    Attributes:
+        num_rows, seq_length: as given.
+        next_cursors: prefix -> Cursor where the next stage starts; prefixes that this stage does
+            not use keep theirs.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        seq_length: int,
+        num_rows: int,
+        seed: int,
+        stage_index: int = 0,
+        cursors: Mapping[str, Cursor | Sequence[int]] | None = None,
+        held_out_fraction: float = 0.0,
+        max_epochs: int = 1,
+        cache_dir: Path | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        """Plan the stage.
+
+        Args:
+            entries: the mixture; shares of tokens, at the start and at the end, add up to 1.
+            seq_length: tokens of a row.
+            num_rows: rows of the whole stage.
+            seed: of the run.
+            stage_index: number of the stage in the run.
+            cursors: `next_cursors` of the stage before, {} for the first; pairs (ordinal, offset)
+                as they come from JSON will do.
+            held_out_fraction: of each domain's documents, never trained on.
+            max_epochs: passes over one domain allowed, all stages together.
+            cache_dir: folder where plans are kept (see `plan_cache`); None: none are.
+            vocab_size: of the model; reading a row with other ids is a ValueError. None: no limit.
+
+        Raises:
+            ValueError: a rule of the mixture is broken, files cannot be read or come from different
+                tokenizers, or a domain does not have enough tokens.
+        """
+        where = f"stage.{stage_index}"
+        if num_rows < 1 or seq_length < 1:
+            raise ValueError(
+                f"{where}: {num_rows} rows of {seq_length} tokens; both must be at least 1"
+            )
+        self.seq_length = seq_length
+        self.num_rows = num_rows
+        self._vocab_size = vocab_size
+        self._entries = list(entries)
+        self._piece_lengths = check_entries(self._entries, seq_length)
+        self._domains = {
+            prefix: Domain(prefix, seed, held_out_fraction)
+            for prefix in dict.fromkeys(entry.prefix for entry in self._entries)
+        }
+        check_same_tokenizer([domain.reader for domain in self._domains.values()])
+        self.next_cursors = {key: Cursor(*at) for key, at in (cursors or {}).items()}
+        self._first_cursors = {p: self.next_cursors.get(p, Cursor()) for p in self._domains}
+        inputs: list[object] = [PLAN_VERSION, seq_length, num_rows, seed, stage_index, max_epochs]
+        inputs += [
+            [self._domains[e.prefix].key, self._domains[e.prefix].num_held_out,
+             self._domains[e.prefix].is_chat, e.packing, length, e.share,
+             self._first_cursors[e.prefix]]
+            for e, length in zip(self._entries, self._piece_lengths)
+        ]  # fmt: skip
+        arrays, facts = load_or_make(
+            cache_dir, hash_plan(inputs), lambda: self._make_plan(seed, stage_index, max_epochs)
+        )
+        self._entry_of_row = arrays["entry_of_row"]
+        self._row_in_entry = arrays["row_in_entry"]
+        self._rows = [
+            PackedRows(*(arrays[f"{name}_{number}"] for name in PLAN_FIELDS))
+            for number in range(len(self._entries))
+        ]
+        self._rows_per_entry = np.bincount(self._entry_of_row, minlength=len(self._entries))
+        self._facts = dict(zip(self._domains, facts["domains"]))
+        for prefix, fact in self._facts.items():
+            self.next_cursors[prefix] = Cursor(*fact["next_cursor"])
+
+    def _make_plan(self, seed: int, stage_index: int, max_epochs: int) -> Plan:
+        """Pack every domain and shuffle the rows of every entry."""
+        entry_of_row = assign_rows([entry.share for entry in self._entries], self.num_rows)
+        counts = np.bincount(entry_of_row, minlength=len(self._entries)).tolist()
+        row_in_entry = np.empty(self.num_rows, np.int64)
+        arrays = {"entry_of_row": entry_of_row, "row_in_entry": row_in_entry}
+        facts = []
+        for prefix, domain in self._domains.items():
+            mine = [n for n, entry in enumerate(self._entries) if entry.prefix == prefix]
+            part = self._pack(domain, mine, counts, max_epochs, f"stage.{stage_index}")
+            for number, rows, epoch in zip(mine, part.rows, part.epochs):
+                for name in PLAN_FIELDS:
+                    arrays[f"{name}_{number}"] = getattr(rows, name)
+                # which row of its entry each row of the stage is: epoch by epoch, shuffled within
+                shuffled = seeded_order(len(rows), "rows", seed, stage_index, number)
+                row_in_entry[entry_of_row == number] = np.lexsort((shuffled, epoch))
+            facts.append(
+                {
+                    "next_cursor": list(part.next_cursor),
+                    "tail_tokens": part.num_tail_tokens,
+                    "unused_tokens": part.num_unused_tokens,
+                    "padding_tokens": part.num_padding_tokens,
+                    "dropped_docs": part.num_dropped_docs,
+                }
+            )
+        return arrays, {"domains": facts}
+
+    def _pack(
+        self, domain: Domain, mine: list[int], counts: list[int], max_epochs: int, where: str
+    ) -> DomainRows:
+        needs = [counts[n] for n in mine]
+        request = (domain, self._first_cursors[domain.prefix], self.seq_length)
+        packing = self._entries[mine[0]].packing
+        if packing == "concat":
+            return build_concat_rows(*request, needs[0], max_epochs, where)
+        if packing == "best-fit":
+            return build_best_fit_rows(*request, needs[0], max_epochs, where)
+        lengths = [self._piece_lengths[n] for n in mine]
+        return build_exact_rows(*request, lengths, needs, max_epochs, where)
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    @property
+    def domain_names(self) -> dict[str, str]:
+        """Prefix -> the name that this domain's rows carry."""
+        return {prefix: domain.name for prefix, domain in self._domains.items()}
+
+    def row(self, number: int) -> Row:
+        """Row `number` of the stage, 0 <= number < num_rows.
+
+        Raises:
+            IndexError: there is no such row.
+            ValueError: it holds ids outside the vocabulary.
+            OSError: it cannot be read, also not when tried again.
+        """
+        if not 0 <= number < self.num_rows:
+            raise IndexError(f"row {number} of a stage of {self.num_rows} rows")
+        entry = int(self._entry_of_row[number])
+        domain = self._domains[self._entries[entry].prefix]
+        row_in_entry = int(self._row_in_entry[number])
+        rows = self._rows[entry]
+        return _read_row(domain, rows, row_in_entry, self.seq_length, self._vocab_size)
+
+    def doc_lengths(self, number: int) -> np.ndarray:
+        """int64, `doc_lengths` of row `number` without reading its tokens."""
+        entry = int(self._entry_of_row[number])
+        rows, at = self._rows[entry], int(self._row_in_entry[number])
+        first, last = rows.row_start[at : at + 2].tolist()
+        return _padded_lengths(rows.length[first:last], self.seq_length)
+
+    def ledger(self, num_rows: int) -> dict[str, int]:
+        """Tokens of each prefix in the first num_rows rows of the stage."""
+        counts = np.bincount(self._entry_of_row[:num_rows], minlength=len(self._entries))
+        tokens = dict.fromkeys(self._domains, 0)
+        for entry, count in zip(self._entries, counts.tolist()):
+            tokens[entry.prefix] += count * self.seq_length
+        return tokens
+
+    def summary(self) -> str:
+        """A line per entry and per domain, for the log."""
+        lines = []
+        for number, entry in enumerate(self._entries):
+            pieces = f" of {self._piece_lengths[number]}" if entry.packing == "exact" else ""
+            count = int(self._rows_per_entry[number])
+            ends = dict.fromkeys(share_ends(entry.share))
+            lines.append(
+                f"{entry.prefix}: share {' to '.join(f'{share:g}' for share in ends)}, "
+                f"{entry.packing}{pieces}, {count} rows, "
+                f"{count * self.seq_length} tokens"
+            )
+        for prefix, domain in self._domains.items():
+            fact = self._facts[prefix]
+            first = self._first_cursors[prefix].ordinal / domain.num_docs
+            last = self.next_cursors[prefix].ordinal / domain.num_docs
+            dropped = {
+                f"{fact['tail_tokens']} tokens of tails dropped": True,
+                f"{fact['unused_tokens']} in pieces not needed": True,
+                f"{fact['padding_tokens']} of padding": fact["padding_tokens"],
+                f"{fact['dropped_docs']} conversations longer than a row left out": domain.is_chat,
+            }
+            lines.append(
+                f"{prefix}: epochs {first:.3f} to {last:.3f} of {domain.num_docs} documents "
+                f"({domain.num_held_out} more held out), "
+                + ", ".join(text for text, is_said in dropped.items() if is_said)
+            )
+        return "\n".join(lines)
+
+
+class HeldOutRows:
+    """Validation rows of one domain: its held-out documents one after another, cut at row ends.
+
+    Attributes:
+        num_rows: as asked for, or fewer: as many as the documents fill, at least 1. A single row
+            repeats documents until it is full.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        seq_length: int,
+        num_rows: int,
+        seed: int,
+        held_out_fraction: float,
+        vocab_size: int | None = None,
+    ) -> None:
+        """Plan the rows; vocab_size as for `StageRows`.
+
+        Raises:
+            ValueError: no documents are held out, or num_rows is less than 1.
+        """
+        self._domain = Domain(prefix, seed, held_out_fraction)
+        self._vocab_size = vocab_size
+        docs = self._domain.held_out_docs
+        if len(docs) == 0 or num_rows < 1:
+            raise ValueError(
+                f"{prefix}: {num_rows} validation rows asked for and {len(docs)} documents are "
+                "held out; both must be at least 1: set data.held_out_fraction above 0 and give "
+                "the domain at least 2 documents"
+            )
+        lengths = self._domain.reader.lengths[docs]
+        num_tokens = int(lengths.sum(dtype=np.int64))
+        self.seq_length = seq_length
+        self.num_rows = min(num_rows, max(1, num_tokens // seq_length))
+        repeats = -(-self.num_rows * seq_length // num_tokens)
+        packed = pack_concat(np.tile(lengths, repeats), 0, seq_length, self.num_rows)
+        assert packed is not None, "documents are repeated until they fill the rows"
+        doc = np.tile(docs, repeats)[packed.place]
+        self._rows = PackedRows(packed.row_start, doc, packed.offset, packed.length)
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def row(self, number: int) -> Row:
+        """Row `number`, 0 <= number < num_rows; raises as `StageRows.row`."""
+        if not 0 <= number < self.num_rows:
+            raise IndexError(f"row {number} of {self.num_rows} validation rows")
+        return _read_row(self._domain, self._rows, number, self.seq_length, self._vocab_size)
+
+
+def check_same_tokenizer(readers: Sequence[IndexedReader]) -> None:
+    """Refuse prefixes whose `.json` name different tokenizers; files without one are not checked.
+
+    Raises:
+        ValueError: two prefixes were written with different tokenizers.
+    """
+    first: tuple[str, str] | None = None
+    for reader in readers:
+        digest = reader.metadata.get("tokenizer", {}).get("sha256")
+        if digest is None:
+            continue
+        if first is not None and digest != first[1]:
+            raise ValueError(
+                f"mixture: {first[0]} and {reader.prefix} were written with different tokenizers "
+                f"(sha256 {first[1][:12]} and {digest[:12]}); write both with the same one"
+            )
+        first = first or (reader.prefix, digest)

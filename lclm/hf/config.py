@@ -1,0 +1,262 @@
+"""Hugging Face `config.json` and `generation_config.json` <-> our `[model]` fields and RoPE.
+
+The rotary embedding stands in `config.json` in two forms: `rope_parameters` (transformers 5) and
+`rope_theta` with `rope_scaling` (before). Both are read, both are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from lclm.checkpoint.folder import CheckpointError, read_json
+from lclm.config import ModelConfig, RopeScaling
+from lclm_kernels.rope import scale_base_ntk
+
+CONFIG_NAME = "config.json"
+ARCHITECTURES = {"llama": "LlamaForCausalLM"}
+DEFAULT_ROPE_BASE = 10000.0  # of transformers' LlamaConfig
+
+# Fields of a Llama config that change what the model computes, and the one value we compute.
+_FIXED_FIELDS: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (1.0, None),
+    "quantization_config": (None,),
+    "sliding_window": (None,),
+}
+# Our field, theirs, and what an absent one means in transformers' LlamaConfig; `...`: required.
+_MODEL_FIELDS: tuple[tuple[str, str, Any], ...] = (
+    ("num_layers", "num_hidden_layers", ...),
+    ("hidden_size", "hidden_size", ...),
+    ("ffn_hidden_size", "intermediate_size", ...),
+    ("num_attention_heads", "num_attention_heads", ...),
+    ("vocab_size", "vocab_size", ...),
+    ("norm_eps", "rms_norm_eps", 1e-6),
+    ("tie_embeddings", "tie_word_embeddings", False),
+    ("init_std", "initializer_range", 0.02),
+)
+# Our name and theirs of each field, by type. `ntk` is not here: it is written as a raised base.
+_SCALING_FIELDS: dict[str, tuple[tuple[str, str], ...]] = {
+    "linear": (("factor", "factor"),),
+    "llama3": (
+        ("factor", "factor"),
+        ("low_freq_factor", "low_freq_factor"),
+        ("high_freq_factor", "high_freq_factor"),
+        ("original_length", "original_max_position_embeddings"),
+    ),
+    "yarn": (
+        ("factor", "factor"),
+        ("original_length", "original_max_position_embeddings"),
+        ("beta_fast", "beta_fast"),
+        ("beta_slow", "beta_slow"),
+    ),
+}
+# Fields of yarn that change it, and the values that mean what we compute.
+_YARN_FIXED_FIELDS: dict[str, tuple[Any, ...]] = {
+    "attention_factor": (None,),
+    "mscale": (None,),
+    "mscale_all_dim": (None,),
+    "truncate": (True,),
+}
+_YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0}
+
+
+@dataclass(frozen=True)
+class HfModel:
+    """What a Hugging Face config says, in our terms."""
+
+    model: ModelConfig
+    rope_base: float
+    seq_length: int
+    """`max_position_embeddings`: tokens."""
+
+
+def read_hf_config(folder: Path) -> HfModel:
+    """Read `config.json` of a Hugging Face folder.
+
+    Raises:
+        CheckpointError: for an architecture, option or RoPE scaling that is not supported.
+    """
+    where = str(folder / CONFIG_NAME)
+    config = read_json(folder / CONFIG_NAME)
+    _check_architecture(config, where)
+    for name, allowed in _FIXED_FIELDS.items():
+        if name in config and config[name] not in allowed:
+            raise CheckpointError(
+                f"{where}: {name} = {config[name]!r} is not supported, must be {allowed[0]!r}; "
+                "convert another model"
+            )
+    rope_base, scaling = _read_rope(config, where)
+    tree: dict[str, Any] = {"family": config["model_type"], "rope_scaling": scaling}
+    for ours, theirs, default in _MODEL_FIELDS:
+        if default is ... and theirs not in config:
+            raise CheckpointError(f"{where}: {theirs} is missing; copy the file again")
+        tree[ours] = config.get(theirs, default)
+    tree["num_kv_heads"] = config.get("num_key_value_heads") or tree["num_attention_heads"]
+    tree["head_dim"] = config.get("head_dim") or 0
+    if tree["head_dim"] * tree["num_attention_heads"] == tree["hidden_size"]:
+        tree["head_dim"] = 0  # the default, as a run's configuration writes it
+    seq_length = config.get("max_position_embeddings", 2048)
+    if not isinstance(seq_length, int) or seq_length < 1:
+        raise CheckpointError(
+            f"{where}: max_position_embeddings = {seq_length!r} must be a positive whole number"
+        )
+    return HfModel(parse_model(tree, where), rope_base, seq_length)
+
+
+def parse_model(tree: Mapping[str, Any], where: str) -> ModelConfig:
+    """`[model]` fields -> ModelConfig.
+
+    Raises:
+        CheckpointError: for a field out of range or heads that do not divide.
+    """
+    try:
+        model = ModelConfig.model_validate(dict(tree))
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in item['loc'])} = {item['input']!r}: {item['msg']}"
+            for item in error.errors()
+        )
+        raise CheckpointError(f"{where}: model: {problems}") from error
+    heads, kv_heads = model.num_attention_heads, model.num_kv_heads
+    if heads % kv_heads:
+        raise CheckpointError(
+            f"{where}: model: num_kv_heads({kv_heads}) must divide num_attention_heads({heads})"
+        )
+    if not model.head_dim and model.hidden_size % heads:
+        raise CheckpointError(
+            f"{where}: model: num_attention_heads({heads}) must divide "
+            f"hidden_size({model.hidden_size}) where head_dim is not given"
+        )
+    return model
+
+
+def _check_architecture(config: Mapping[str, Any], where: str) -> None:
+    known = ", ".join(ARCHITECTURES.values())
+    model_type = config.get("model_type")
+    names = config.get("architectures") or [ARCHITECTURES.get(str(model_type), "(none named)")]
+    if model_type not in ARCHITECTURES or names != [ARCHITECTURES[model_type]]:
+        raise CheckpointError(
+            f"{where}: architecture {', '.join(map(str, names))} (model_type {model_type!r}) "
+            f"is not supported; convertible: {known}"
+        )
+
+
+def _read_rope(config: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
+    """Base and scaling. Where both forms are given they must agree."""
+    new, old = config.get("rope_parameters"), config.get("rope_scaling")
+    for name, value in (("rope_parameters", new), ("rope_scaling", old)):
+        if value is not None and not isinstance(value, dict):
+            raise CheckpointError(f"{where}: {name} = {value!r} must be an object or null")
+    given = [tree.get("rope_theta") for tree in (config, new or {}, old or {})]
+    bases = {base for base in given if base is not None}
+    for base in bases:
+        if isinstance(base, bool) or not isinstance(base, int | float) or base <= 1:
+            raise CheckpointError(f"{where}: rope_theta = {base!r} must be a number above 1")
+    if len(bases) > 1:
+        raise CheckpointError(
+            f"{where}: rope_theta is {' and '.join(map(str, sorted(bases)))} in different places; "
+            "write one value"
+        )
+    scalings = [_read_scaling(tree, where) for tree in (new, old) if tree]
+    if len(scalings) == 2 and scalings[0] != scalings[1]:
+        raise CheckpointError(
+            f"{where}: rope_parameters {new} and rope_scaling {old} say different things; "
+            "remove the one that is wrong"
+        )
+    base = float(bases.pop()) if bases else DEFAULT_ROPE_BASE
+    return base, scalings[0] if scalings else None
+
+
+def _read_scaling(tree: Mapping[str, Any], where: str) -> RopeScaling | None:
+    kind = tree.get("rope_type", tree.get("type", "default"))
+    if tree.get("partial_rotary_factor", 1.0) != 1.0:
+        raise CheckpointError(
+            f"{where}: partial_rotary_factor = {tree['partial_rotary_factor']!r} is not supported, "
+            "must be 1.0; convert another model"
+        )
+    if kind == "default":
+        nested = sorted(name for name, value in tree.items() if isinstance(value, dict))
+        if nested:
+            raise CheckpointError(
+                f"{where}: RoPE of its own for {', '.join(nested)} is not supported; "
+                "convert another model"
+            )
+        return None
+    if kind == "yarn":
+        for name, allowed in _YARN_FIXED_FIELDS.items():
+            if name in tree and tree[name] not in allowed:
+                raise CheckpointError(
+                    f"{where}: {name} = {tree[name]!r} of RoPE scaling 'yarn' is not supported, "
+                    f"must be {allowed[0]!r} or absent; convert another model"
+                )
+        # as in transformers, absent or null means these
+        tree = {**tree, **{n: tree.get(n) or d for n, d in _YARN_DEFAULTS.items()}}
+    try:
+        if kind in _SCALING_FIELDS:
+            fields = {ours: tree[theirs] for ours, theirs in _SCALING_FIELDS[kind]}
+            return RopeScaling.model_validate({"type": kind, **fields})
+    except KeyError as error:
+        raise CheckpointError(f"{where}: RoPE scaling '{kind}' lacks the field {error}") from error
+    except ValidationError as error:
+        raise CheckpointError(f"{where}: RoPE scaling {dict(tree)}: {error}") from error
+    raise CheckpointError(
+        f"{where}: RoPE scaling {kind!r} is not supported; convertible: default, "
+        f"{', '.join(_SCALING_FIELDS)}"
+    )
+
+
+def _write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    """The older form, without the base."""
+    if scaling is None or scaling.type == "ntk":
+        return None
+    if scaling.type == "linear":
+        # `type`, not `rope_type`: transformers before 4.43 accepts exactly these two fields.
+        return {"type": "linear", "factor": scaling.factor}
+    return {
+        "rope_type": scaling.type,
+        **{theirs: getattr(scaling, ours) for ours, theirs in _SCALING_FIELDS[scaling.type]},
+    }
+
+
+def build_hf_config(
+    source: HfModel, dtype: str, bos_token_id: int | None, eos_token_id: int | list[int] | None
+) -> dict[str, Any]:
+    """The content of `config.json`. `dtype`: `float32` or `bfloat16`."""
+    model = source.model
+    rope_base = source.rope_base
+    if model.rope_scaling is not None and model.rope_scaling.type == "ntk":
+        rope_base = scale_base_ntk(rope_base, model.head_size, model.rope_scaling.factor)
+    scaling = _write_scaling(model.rope_scaling)
+    rope_parameters = dict(scaling or {})
+    rope_parameters["rope_type"] = rope_parameters.pop("type", None) or (
+        scaling["rope_type"] if scaling else "default"
+    )
+    rope_parameters["rope_theta"] = rope_base
+    return {
+        "architectures": [ARCHITECTURES[model.family]],
+        "model_type": model.family,
+        **{theirs: getattr(model, ours) for ours, theirs, _ in _MODEL_FIELDS},
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_size,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "max_position_embeddings": source.seq_length,
+        "rope_parameters": rope_parameters,
+        "rope_theta": rope_base,
+        "rope_scaling": scaling,
+        # null, not absent: transformers' own default would be 1 and 2
+        "bos_token_id": bos_token_id,
+        "eos_token_id": eos_token_id,
+        "use_cache": True,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }

@@ -1,0 +1,243 @@
+"""Step folder <-> Hugging Face folder, streamed: neither a model nor a state dict is ever whole.
+
+Weights keep their bits (types are changed only where asked for, or where a type is not ours), so
+theirs -> ours -> theirs gives the same tensors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lclm import __version__
+from lclm.checkpoint.folder import (
+    FORMAT_VERSION,
+    TOKENIZER_FOLDER,
+    CheckpointError,
+    CheckpointInfo,
+    new_folder,
+    read_info,
+    read_json,
+    resolve_step_folder,
+    step_folder_name,
+    write_info,
+    write_latest,
+)
+from lclm.checkpoint.tokenizer_files import (
+    GENERATION_CONFIG_NAME,
+    copy_tokenizer,
+    has_tokenizer,
+    read_token_ids,
+)
+from lclm.hf.config import (
+    CONFIG_NAME,
+    HfModel,
+    build_hf_config,
+    parse_model,
+    read_hf_config,
+)
+from lclm.hf.names import HF_EMBEDDING, HF_OUTPUT, build_weight_table
+from lclm.hf.safetensors_folder import (
+    SafetensorsFolder,
+    TensorSpec,
+    check_names_and_shapes,
+    write_shards,
+)
+from lclm.hf.torch_dist import StoredTensor, TorchDistReader, write_torch_dist
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+MODEL_PREFIX = "model."
+EXPORT_DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+Report = Callable[[str], None]
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_apart(source: Path, output: Path) -> None:
+    """The output must not replace what is being read."""
+    source, output = source.resolve(), output.resolve()
+    if output == source or output in source.parents:
+        raise CheckpointError(
+            f"output {output}: is the input {source} or holds it; give another folder"
+        )
+
+
+def convert_to_hf(
+    checkpoint: Path,
+    output: Path,
+    *,
+    dtype: str = "keep",
+    tokenizer: Path | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
+    report: Report,
+) -> None:
+    """Export the weights of a checkpoint as a Hugging Face folder.
+
+    `checkpoint`: a step folder or one with `latest`. `dtype`: `keep`, `bf16` or `fp32`.
+    `tokenizer`: a folder whose tokenizer takes the place of the checkpoint's own. `report` gets
+    progress and warnings, a line each. Peak memory: about twice the largest weight.
+
+    Raises:
+        CheckpointError: for input that cannot be converted; then `output` is as it was before.
+    """
+    step_folder = resolve_step_folder(checkpoint)
+    _check_apart(step_folder, output)
+    info = read_info(step_folder)
+    where = str(step_folder)
+    model = parse_model(info.model, where)
+    reader = TorchDistReader(step_folder)
+    table = build_weight_table(model)
+    stored = {k: t for k, t in reader.tensors().items() if k.startswith(MODEL_PREFIX)}
+    check_names_and_shapes(
+        {key: tensor.shape for key, tensor in stored.items()},
+        {entry.ours: entry.shape for entry in table},
+        f"checkpoint {where}: the weights do not fit the architecture in lclm.json",
+        "mend lclm.json or use another step",
+    )
+    if tokenizer is not None and not has_tokenizer(tokenizer):
+        raise CheckpointError(f"tokenizer {tokenizer}: holds no tokenizer; give a folder with one")
+    target_dtype = EXPORT_DTYPES[dtype]
+    groups = [
+        [
+            TensorSpec(name, shape, target_dtype or stored[entry.ours].dtype)
+            for name, shape in zip(entry.theirs, entry.their_shapes)
+        ]
+        for entry in table
+    ]
+
+    def load_group(number: int) -> list[torch.Tensor]:
+        entry = table[number]
+        parts = entry.to_theirs(reader.load(entry.ours))
+        return [part.to(groups[number][0].dtype) for part in parts]
+
+    with new_folder(output, overwrite) as staging:
+        write_shards(staging, groups, load_group, max_shard_bytes, report)
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, staging)
+        elif has_tokenizer(step_folder / TOKENIZER_FOLDER):
+            copy_tokenizer(step_folder / TOKENIZER_FOLDER, staging, is_tokenizer_folder=True)
+        else:
+            report(f"warning: {where} holds no tokenizer; add one with --tokenizer")
+        # Mixed types are declared as the widest, so that loading loses nothing.
+        widest = max((g[0].dtype for g in groups), key=lambda dtype: dtype.itemsize)
+        source = HfModel(model, info.rope_base, info.seq_length)
+        _write_configs(staging, source, _dtype_name(widest))
+
+
+def _write_configs(folder: Path, source: HfModel, dtype: str) -> None:
+    """Write `config.json`, and complete `generation_config.json`, beside the tokenizer's files."""
+    ids = read_token_ids(folder)
+    config = build_hf_config(source, dtype, ids.bos, ids.eos)
+    path = folder / GENERATION_CONFIG_NAME
+    generation = read_json(path) if path.is_file() else dict[str, Any]()
+    told = {"bos_token_id": ids.bos, "eos_token_id": ids.eos}
+    generation.update({name: value for name, value in told.items() if value is not None})
+    for name, tree in ((CONFIG_NAME, config), (GENERATION_CONFIG_NAME, generation)):
+        (folder / name).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+
+
+def convert_from_hf(
+    hf_folder: Path, output: Path, *, overwrite: bool = False, report: Report
+) -> None:
+    """Import a Hugging Face folder as a checkpoint folder: `latest` and step 0, weights only.
+
+    bfloat16 weights stay so; weights with any float16 or float32 tensor become float32, which
+    holds all three exactly. `report` gets progress and warnings. Peak memory: about three times
+    the largest weight, besides what the system maps of the shards.
+
+    Raises:
+        CheckpointError: for input that cannot be converted; then `output` is as it was before.
+    """
+    if not hf_folder.is_dir():
+        raise CheckpointError(f"Hugging Face folder {hf_folder}: no such folder")
+    _check_apart(hf_folder, output)
+    source = read_hf_config(hf_folder)
+    weights = SafetensorsFolder(hf_folder)
+    table = build_weight_table(source.model)
+    expected = {n: s for entry in table for n, s in zip(entry.theirs, entry.their_shapes)}
+    check_names_and_shapes(
+        {n: s.shape for n, s in weights.specs.items() if not _is_droppable(n, weights, source)},
+        expected,
+        f"{hf_folder}: the weights do not fit config.json",
+        "copy the folder again, or mend config.json",
+    )
+    dtype = _import_dtype([weights.specs[name].dtype for name in expected], report)
+    entries = {entry.ours: entry for entry in table}
+    left = Counter(weights.shard_of[name] for name in expected)
+    num_shards = len(left)
+
+    def load(key: str) -> torch.Tensor:
+        entry = entries[key]
+        weight = entry.to_ours([weights.load(name).to(dtype) for name in entry.theirs])
+        for shard in (weights.shard_of[name] for name in entry.theirs):
+            left[shard] -= 1
+            if not left[shard]:
+                num_done = sum(not count for count in left.values())
+                report(f"shard {num_done} of {num_shards}: {shard} converted")
+        return weight
+
+    with new_folder(output, overwrite) as staging:
+        step_folder = staging / step_folder_name(0)
+        step_folder.mkdir()
+        write_torch_dist(
+            step_folder, {entry.ours: StoredTensor(entry.shape, dtype) for entry in table}, load
+        )
+        if has_tokenizer(hf_folder):
+            copy_tokenizer(hf_folder, step_folder / TOKENIZER_FOLDER)
+        else:
+            report(f"warning: {hf_folder} holds no tokenizer; the checkpoint will have none")
+        write_info(step_folder, _import_info(source, dtype))
+        write_latest(staging, step_folder.name)
+
+
+def _import_info(source: HfModel, dtype: torch.dtype) -> CheckpointInfo:
+    """`lclm.json` of weights that lclm has not trained yet."""
+    return CheckpointInfo(
+        format=FORMAT_VERSION,
+        step=0,
+        stage=0,
+        stage_step=0,
+        tokens=0,
+        model=source.model.model_dump(exclude={"init_from"}),
+        rope_base=source.rope_base,
+        seq_length=source.seq_length,
+        dtype=_dtype_name(dtype),
+        has_optimizer=False,
+        ledger={},
+        versions={"lclm": __version__, "torch": torch.__version__},
+    )
+
+
+def _is_droppable(name: str, weights: SafetensorsFolder, source: HfModel) -> bool:
+    """Whether a tensor of the folder says nothing that the others do not say.
+
+    Old exports hold the rotary frequencies; some folders with tied embeddings hold them twice.
+    """
+    if name.endswith(".rotary_emb.inv_freq"):
+        return True
+    if name != HF_OUTPUT or not source.model.tie_embeddings or HF_EMBEDDING not in weights.specs:
+        return False
+    if not torch.equal(weights.load(name), weights.load(HF_EMBEDDING)):
+        raise CheckpointError(
+            f"{weights.folder}: tie_word_embeddings is true, but {HF_OUTPUT} differs from "
+            f"{HF_EMBEDDING}; set tie_word_embeddings to false in config.json"
+        )
+    return True
+
+
+def _import_dtype(dtypes: list[torch.dtype], report: Report) -> torch.dtype:
+    if all(dtype == torch.bfloat16 for dtype in dtypes):
+        return torch.bfloat16
+    others = sorted({_dtype_name(dtype) for dtype in dtypes} - {"float32"})
+    if others:
+        report(f"note: {', '.join(others)} weights are stored as float32, which holds them exactly")
+    return torch.float32

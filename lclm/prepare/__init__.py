@@ -1,0 +1,1 @@
+"""Text to indexed files. Training imports nothing of it."""

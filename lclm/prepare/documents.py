@@ -1,0 +1,189 @@
+"""The documents of a unit of input: JSON lines, rows of Parquet files, whole text files."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lclm.files import import_optional
+from lclm.prepare.readers import PARQUET, Problem, Unit
+from lclm_kernels.native import json_texts
+
+try:
+    import orjson
+except ImportError:  # an optional package; json gives the same documents, only slower
+    orjson = None  # type: ignore[assignment]
+
+__all__ = ["read_records", "read_unit"]
+
+PARQUET_ROWS = 256  # read at once
+
+
+def read_unit(
+    unit: Unit, keys: Sequence[str], as_utf8: bool = False
+) -> Iterator[tuple[Any, ...] | Problem | None]:
+    """The documents of a unit, or what is wrong with a line or file.
+
+    With as_utf8 a text may be the bytes of its UTF-8, where that saves decoding it; else it is str.
+
+    Yields one item per line of a JSON-lines file (None for a blank line) and one per document of
+    other files (a tuple of one text), with a Problem before it for every file left out.
+    """
+    if unit.path is not None:
+        if unit.path.name.lower().endswith(PARQUET):
+            yield from _read_rows(unit, unit.path, keys)
+        else:
+            yield from _read_lines(unit, unit.path, keys, as_utf8)
+    for files in unit.documents:
+        yield from _read_document(files, unit.is_folder)
+
+
+def read_records(unit: Unit) -> Iterator[dict[str, Any] | Problem | None]:
+    """The objects of a unit of JSON lines, as `read_unit` gives texts."""
+    assert unit.path is not None, "a unit of lines"
+    lines = _bytes_of(unit, unit.path).removesuffix(b"\n").split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            yield None
+            continue
+        try:
+            yield _record_of_line(line)
+        except ValueError as error:
+            yield Problem(unit.path, number, str(error))
+
+
+def _bytes_of(unit: Unit, path: Path) -> bytes:
+    if unit.lines is not None:
+        return unit.lines
+    with open(path, "rb") as file:
+        file.seek(unit.start)
+        return file.read(unit.end - unit.start)
+
+
+def _read_lines(
+    unit: Unit, path: Path, keys: Sequence[str], as_utf8: bool
+) -> Iterator[tuple[Any, ...] | Problem | None]:
+    data = _bytes_of(unit, path)
+    columns = [json_texts(data, key, as_utf8) for key in keys]
+    for number, texts in enumerate(zip(*columns), start=1):
+        place = next((text for text in texts if type(text) is slice), None)
+        if texts[0] is None:
+            yield None
+        elif place is None:
+            yield texts
+        else:
+            try:
+                yield _texts_of_line(data[place], keys)
+            except ValueError as error:
+                yield Problem(path, number, str(error))
+
+
+def _texts_of_line(line: bytes, keys: Sequence[str]) -> tuple[str, ...]:
+    """Texts of one JSON line; ValueError says what is wrong with it."""
+    if orjson is not None and all(line.count(b'"%s"' % key.encode()) == 1 for key in keys):
+        try:
+            record = orjson.loads(line)
+            texts = tuple(record[key] for key in keys)
+            if all(type(text) is str for text in texts):
+                return texts
+        except (ValueError, KeyError, TypeError, IndexError):
+            pass  # read again below, where everything wrong has its words
+    return _texts_slowly(line, keys)
+
+
+def _record_of_line(line: bytes) -> "_Pairs":
+    try:
+        record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_Pairs)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 (byte {error.start})") from error
+    except (ValueError, RecursionError) as error:
+        array = "; a file of one JSON array must become one object per line (jq -c '.[]')"
+        raise ValueError(f"is not JSON ({error}{array if line[:1] == b'[' else ''})") from error
+    if not isinstance(record, _Pairs):
+        raise ValueError(f"is a JSON {type(record).__name__}, not an object")
+    return record
+
+
+def _texts_slowly(line: bytes, keys: Sequence[str]) -> tuple[str, ...]:
+    record = _record_of_line(line)
+    texts = []
+    for key in keys:
+        if key not in record:
+            raise ValueError(f"has no key {key!r} (its keys: {', '.join(record) or 'none'})")
+        if key in record.repeated:
+            raise ValueError(f"has the key {key!r} twice")
+        text = record[key]
+        if isinstance(text, _Pairs):
+            text = dict(text)
+        if not isinstance(text, str):
+            raise ValueError(f"has {type(text).__name__} under key {key!r}, not a string")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"has half a surrogate pair under key {key!r}") from error
+        texts.append(text)
+    return tuple(texts)
+
+
+class _Pairs(dict[str, Any]):
+    """A JSON object that remembers which keys it has more than once."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        names = [name for name, _ in pairs] if len(pairs) != len(self) else []
+        self.repeated = {name for name in names if names.count(name) > 1}
+
+
+def _read_rows(
+    unit: Unit, path: Path, keys: Sequence[str]
+) -> Iterator[tuple[str, ...] | Problem | None]:
+    parquet = import_optional("pyarrow.parquet", "pyarrow", path)
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            missing = [key for key in keys if key not in names]
+            if missing:
+                reason = f"has no column {missing[0]!r} (its columns: {', '.join(names)})"
+                yield Problem(path, 0, reason)
+                return
+            groups = list(range(unit.start, unit.end))
+            for batch in file.iter_batches(PARQUET_ROWS, row_groups=groups, columns=list(keys)):
+                columns = [batch.column(key).to_pylist() for key in keys]
+                for texts in zip(*columns):
+                    number += 1
+                    yield _checked_row(path, number, keys, texts)
+    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        raise ValueError(
+            f"input {path}, behind row {number} of row group {unit.start}: cannot be read "
+            f"({error}); the file is damaged: fetch it again"
+        ) from error
+
+
+def _checked_row(
+    path: Path, number: int, keys: Sequence[str], texts: tuple[Any, ...]
+) -> tuple[str, ...] | Problem:
+    for key, text in zip(keys, texts):
+        if not isinstance(text, str):
+            kind = type(text).__name__
+            return Problem(path, number, f"has {kind} in column {key!r}, not a string")
+    return texts
+
+
+def _read_document(files: tuple[Path, ...], is_folder: bool) -> Iterator[tuple[str] | Problem]:
+    parts = []
+    for path in files:
+        raw = path.read_bytes()
+        try:
+            text = raw.decode("utf-8-sig")
+            if is_folder and "\0" in text:
+                raise ValueError("holds a zero byte")
+        except ValueError as error:
+            reason = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+            yield Problem(path, 0, reason, is_binary=is_folder)
+        else:
+            parts.append(text)
+    # a file of a repository ends in a newline before the next one starts
+    ended = [part if part.endswith("\n") or not part else part + "\n" for part in parts[:-1]]
+    if parts:
+        yield ("".join(ended + parts[-1:]),)

@@ -1,0 +1,306 @@
+"""Text files to indexed token files, with worker processes.
+
+Each worker turns units of input into arrays of tokens and writes them where they belong in the file
+of all tokens; the parent notes in input order what is done. So the output does not depend on the
+number of workers, memory does not depend on the size of the input, tokens are written once, and a
+run that was killed goes on from the last unit noted.
+"""
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from lclm.data.indexed import adopt_tokens
+from lclm.data.tokenizer import Tokenizer
+from lclm.prepare.documents import read_unit
+from lclm.prepare.gigatoken import choose_library
+from lclm.prepare.pool import encode_in_pool
+from lclm.prepare.progress import Progress
+from lclm.prepare.ray import encode_on_ray
+from lclm.prepare.readers import BLOCK_BYTES, PARQUET, Problem, Source, Unit, iterate_units
+from lclm.prepare.resume import State, Unfinished
+from lclm.prepare.worker import Encoded, EncodeOptions, Worker, WorkerState
+
+__all__ = ["EncodeOptions", "EncodeSummary", "encode_sources"]
+
+NUM_NAMED = 5  # problems named in full
+SAMPLE_UNITS = 4  # of which documents are taken to compare tokenizer libraries
+SAMPLE_TEXTS = 8  # of each
+_LOG = logging.getLogger("lclm.data")
+
+
+@dataclass
+class EncodeSummary:
+    """What came out of it."""
+
+    prefixes: list[str]
+    num_documents: int = 0  # with tokens, of the first key
+    num_empty: int = 0
+    num_tokens: int = 0  # over all keys
+    num_skipped: int = 0  # lines and files left out because of --on-error skip
+    num_binary: int = 0  # files of folders that are not text
+    num_short: int = 0  # documents left out by min_tokens
+    num_long: int = 0  # and by max_tokens
+    named: list[str] = field(default_factory=list)  # the first skipped lines and binary files
+
+
+def encode_sources(
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    output_prefix: str,
+    options: EncodeOptions,
+    domain: str = "",
+    group_by: str | None = None,
+    block_bytes: int = BLOCK_BYTES,
+) -> EncodeSummary:
+    """Encode sources into `<output_prefix>.bin/.idx/.json`, or one such set per key.
+
+    Work lies in `<output_prefix>.unfinished` until it is complete. A ValueError or OSError removes
+    it; a kill, an interrupt or a dead worker leaves it, and the same call goes on from there.
+
+    Args:
+        sources: from `find_sources`.
+        tokenizer: its file is loaded again by every worker.
+        output_prefix: with several keys the sets are called `<output_prefix>_<key>`.
+        options: see `EncodeOptions`.
+        domain: name for the `.json`; empty: the last part of the prefix.
+        group_by: for the `.json` only.
+        block_bytes: input of one unit.
+
+    Raises:
+        ValueError: a token asked for does not exist, on_error is "stop" and a line or file is bad,
+            or there is no document at all.
+        concurrent.futures.process.BrokenProcessPool: a worker died.
+    """
+    check_options(tokenizer, options)
+    keys = options.json_keys
+    prefixes = [output_prefix] if len(keys) == 1 else [f"{output_prefix}_{key}" for key in keys]
+    described = _describe_options(options, group_by)
+    inputs = _hash_inputs(sources, tokenizer, described | {"block": block_bytes})
+    with Unfinished(output_prefix, inputs, len(keys), len(sources)) as work:
+        if work.was_discarded:
+            _LOG.warning("%s: held work on other inputs or options; started anew", work.folder)
+        if work.has_resumed:
+            _LOG.info("%s: going on after %d units", work.folder, work.state.units)
+        try:
+            _encode_rest(sources, tokenizer, options, work, block_bytes)
+            _check_result(sources, options, work.state)
+            work.state.is_complete = True
+            work.save()
+            for number, prefix in enumerate(prefixes):
+                metadata = {
+                    "format": 1,
+                    "domain": domain or Path(prefix).name,
+                    "tokenizer": tokenizer.describe(),
+                    "sources": _describe_sources(sources, work.state.documents),
+                    "options": {"json_key": keys[number]} | described,
+                    "skipped": work.state.skipped,
+                    "binary_files": work.state.binary,
+                    "short_documents": work.state.short,
+                    "long_documents": work.state.long,
+                }
+                lengths = work.lengths(number)
+                adopt_tokens(prefix, work.tokens(number), lengths, tokenizer.vocab_size, metadata)
+        except (ValueError, OSError):
+            work.remove()
+            raise
+        work.remove()
+        return _summarize(prefixes, work.state)
+
+
+def _summarize(prefixes: list[str], state: State) -> EncodeSummary:
+    return EncodeSummary(
+        prefixes,
+        sum(state.documents),
+        state.empty,
+        state.tokens,
+        state.skipped,
+        state.binary,
+        state.short,
+        state.long,
+        state.named,
+    )
+
+
+def _hash_inputs(
+    sources: Sequence[Source], tokenizer: Tokenizer, described: dict[str, object]
+) -> str:
+    """SHA-256 of all that decides the output: files by path, size and time of change."""
+    digest = hashlib.sha256(tokenizer.sha256.encode())
+    digest.update(json.dumps(described).encode())
+    for source in sources:
+        for path in itertools.chain(source.line_files, *source.documents):
+            status = path.stat()
+            at = [str(path.absolute()), status.st_size, status.st_mtime_ns]
+            digest.update(json.dumps(at).encode())
+    return digest.hexdigest()
+
+
+def _describe_sources(
+    sources: Sequence[Source], documents: list[int]
+) -> list[dict[str, str | int]]:
+    return [
+        {"path": str(source.path), "bytes": source.num_bytes, "documents": count}
+        for source, count in zip(sources, documents)
+    ]
+
+
+def _describe_options(options: EncodeOptions, group_by: str | None) -> dict[str, object]:
+    """Whatever changes the output; the number of workers and the library do not."""
+    described: dict[str, object] = {
+        "append_eod": options.append_eod,
+        "prepend_bos": options.prepend_bos,
+        "group_by": group_by,
+        "on_error": options.on_error,
+        "min_tokens": options.min_tokens,
+        "max_tokens": options.max_tokens,
+    }
+    if options.shard[1] > 1:
+        described["shard"] = list(options.shard)
+    return described
+
+
+def check_options(tokenizer: Tokenizer, options: EncodeOptions) -> None:
+    """Refuse options that cannot be met; ValueError says which and why."""
+    for is_wanted, token, name in (
+        (options.append_eod, tokenizer.eod_id, "end-of-document token (eos_token)"),
+        (options.prepend_bos, tokenizer.bos_id, "beginning-of-text token (bos_token)"),
+    ):
+        if is_wanted and token is None:
+            raise ValueError(
+                f"tokenizer {tokenizer.path}: names no {name}; name it in tokenizer_config.json "
+                "beside the tokenizer, or leave the option out"
+            )
+    if len(set(options.json_keys)) != len(options.json_keys) or not options.json_keys:
+        raise ValueError(f"--json-keys {options.json_keys}: give at least one key, each once")
+    if options.num_workers < 1:
+        raise ValueError(f"--workers {options.num_workers}: must be at least 1")
+    low, high = options.min_tokens, options.max_tokens
+    if low < 0 or high < 0 or (high and low > high):
+        raise ValueError(
+            f"--min-tokens {low} --max-tokens {high}: neither may be negative, nor the first above "
+            "the second; --max-tokens 0 sets no limit"
+        )
+
+
+def _check_result(sources: Sequence[Source], options: EncodeOptions, state: State) -> None:
+    if state.tokens == 0 and options.shard[1] == 1:
+        raise ValueError(
+            f"input {', '.join(str(source.path) for source in sources)}: gives no tokens "
+            f"({state.empty} empty documents, {state.skipped} lines or files skipped, "
+            f"{state.binary} files that are not text, {state.short + state.long} documents shorter "
+            "or longer than asked for); nothing was written"
+        )
+
+
+def _encode_rest(
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    options: EncodeOptions,
+    work: Unfinished,
+    block_bytes: int,
+) -> None:
+    """Encode the units that are not done, and note each in input order."""
+    state = work.state
+    if state.is_complete:
+        return
+    total_bytes = sum(source.num_bytes for source in sources) // options.shard[1]
+    label = Path(work.folder).stem
+    with Progress(label, total_bytes, state.bytes_read) as progress:
+        for unit, done in _encode_units(sources, tokenizer, options, work, block_bytes):
+            work.add(done)
+            at = [str(unit.source), str(unit.path)]
+            state.lines = state.lines if state.file == at else 0
+            state.file = at
+            _note_problems(state, done.problems, options.on_error)
+            state.lines += done.num_lines
+            state.documents[unit.source] += int(np.count_nonzero(done.lengths[0]))
+            state.empty += int(np.count_nonzero(done.lengths[0] == 0))
+            state.tokens += sum(int(item.sum(dtype=np.int64)) for item in done.lengths)
+            state.short += done.num_short
+            state.long += done.num_long
+            state.bytes_read += unit.num_bytes
+            state.units += 1
+            work.save()
+            progress.add(unit.num_bytes, f"{sum(state.documents)} docs, {state.tokens} tokens")
+
+
+def _encode_units(
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    options: EncodeOptions,
+    work: Unfinished,
+    block_bytes: int,
+) -> Iterator[tuple[Unit, Encoded]]:
+    """The units that are not done, in input order; by worker processes when several help."""
+    units = iterate_units(sources, block_bytes, options.shard)
+    rest = itertools.islice(units, work.state.units, None)
+    first = next(rest, None)
+    if first is None:
+        return
+    left = itertools.chain([first], rest)
+    most_units = -(-sum(source.num_bytes for source in sources) // block_bytes)
+    num_workers = min(options.num_workers, max(1, most_units))
+    state = _worker_state(sources, tokenizer, options, work.folder, block_bytes)
+    if options.engine == "ray":
+        yield from encode_on_ray(left, state)
+        return
+    if num_workers > 1:
+        yield from encode_in_pool(left, state, num_workers, work)
+        return
+    os.environ["RAYON_NUM_THREADS"] = "1"
+    worker = Worker(state)
+    for unit in left:
+        yield unit, worker.encode(unit)
+
+
+def _worker_state(
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    options: EncodeOptions,
+    folder: str,
+    block_bytes: int,
+) -> WorkerState:
+    """Choose the tokenizer library on a sample of the input and leave what workers load."""
+    samples: list[str] = []
+    units = iterate_units(sources, min(block_bytes, BLOCK_BYTES), options.shard)
+    if options.library != "standard":
+        for unit in itertools.islice(units, SAMPLE_UNITS):
+            texts = (item for item in read_unit(unit, options.json_keys) if type(item) is tuple)
+            samples += [text for item in itertools.islice(texts, SAMPLE_TEXTS) for text in item]
+    plain_json = choose_library(tokenizer, options.library, samples)
+    plain_json_file = ""
+    if plain_json is not None:
+        plain_json_file = os.path.join(folder, "gigatoken.json")
+        Path(plain_json_file).write_text(plain_json, encoding="utf-8")
+    return WorkerState(
+        str(tokenizer.path),
+        tokenizer.vocab_size,
+        tokenizer.eod_id,
+        tokenizer.bos_id,
+        plain_json_file,
+        options,
+    )
+
+
+def _note_problems(state: State, problems: Sequence[Problem], on_error: str) -> None:
+    """Count what gave no document; raise for the first that may not be skipped."""
+    for problem in problems:
+        word = "row" if problem.path.name.lower().endswith(PARQUET) else "line"
+        where = f"{problem.path}, {word} {state.lines + problem.line}"
+        text = f"{where if problem.line else problem.path}: {problem.reason}"
+        if problem.is_binary:
+            state.binary += 1
+        elif on_error == "stop":
+            raise ValueError(f"{text}; mend it, or leave such input out with --on-error skip")
+        else:
+            state.skipped += 1
+        if len(state.named) < NUM_NAMED:
+            state.named.append(text)

@@ -1,0 +1,116 @@
+"""Worker processes that encode units and write their tokens where they belong.
+
+All write into the same files. Where a unit's tokens start is known once the units before it are
+encoded; `Places` passes that on from process to process, so tokens are written once, by the process
+that made them.
+"""
+
+import concurrent.futures
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing.context import SpawnContext
+
+from lclm.prepare.readers import Unit
+from lclm.prepare.resume import Unfinished, write_tokens
+from lclm.prepare.worker import Encoded, Worker, WorkerState
+
+__all__ = ["encode_in_pool"]
+
+UNITS_AHEAD = 3  # per worker, handed out before the oldest result is needed
+PARENT_SECONDS = 1.0
+
+
+class Places:
+    """The end of what is written so far, given to one unit after the other; shared by processes."""
+
+    def __init__(self, context: SpawnContext, first_unit: int, ends: Sequence[int]) -> None:
+        self._turn = context.Condition()
+        self._unit = context.RawValue("q", first_unit)
+        self._ends = context.RawArray("q", list(ends))
+
+    def take(self, number: int, sizes: Sequence[int]) -> list[int]:
+        """Wait for the unit's turn; the byte at which each key's tokens start."""
+        with self._turn:
+            self._turn.wait_for(lambda: self._unit.value == number)
+            starts = list(self._ends)
+            self._ends[:] = [start + size for start, size in zip(starts, sizes, strict=True)]
+            self._unit.value += 1
+            self._turn.notify_all()
+        return starts
+
+
+_worker: Worker | None = None  # of this process of a pool
+_places: Places | None = None
+
+
+def encode_in_pool(
+    units: Iterable[Unit], state: WorkerState, num_workers: int, work: Unfinished
+) -> Iterator[tuple[Unit, Encoded]]:
+    """Encode units by several processes.
+
+    Args:
+        units: those after the ones that `work` holds already.
+        state: for the workers.
+        num_workers: processes.
+        work: into whose files tokens are written.
+
+    Yields:
+        The units in order and what they gave, their tokens written.
+
+    Raises:
+        concurrent.futures.process.BrokenProcessPool: a worker died.
+    """
+    # spawn: a forked child would inherit the tokenizer library's threads half alive
+    context = multiprocessing.get_context("spawn")
+    places = Places(context, work.state.units, work.state.token_bytes)
+    waiting: deque[tuple[Unit, concurrent.futures.Future[Encoded]]] = deque()
+    with concurrent.futures.ProcessPoolExecutor(
+        num_workers, context, _start_worker, (state, places)
+    ) as pool:
+        try:
+            for number, unit in enumerate(units, work.state.units):
+                waiting.append((unit, pool.submit(_encode, number, unit, work.folder)))
+                if len(waiting) >= num_workers * UNITS_AHEAD:
+                    yield waiting[0][0], waiting.popleft()[1].result()
+            while waiting:
+                yield waiting[0][0], waiting.popleft()[1].result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(state: WorkerState, places: Places) -> None:
+    global _worker, _places
+    # Ctrl-C reaches every process; the first one ends the others, who finish the unit they are at
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # one process per core is the parallelism; threads inside each would only compete
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["RAYON_NUM_THREADS"] = "1"
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    _worker, _places = Worker(state), places
+
+
+def _end_with_parent(parent: int) -> None:
+    """A killed parent cannot end its pool, and the pool's queues stay open for ever."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_SECONDS)
+    os._exit(1)
+
+
+def _encode(number: int, unit: Unit, folder: str) -> Encoded:
+    """Encode a unit in a process of the pool and write its tokens."""
+    assert _worker is not None and _places is not None, "the pool's initializer ran"
+    sizes = [0] * _worker.num_keys
+    try:
+        done = _worker.encode(unit)
+        sizes = done.num_bytes
+    finally:
+        starts = _places.take(number, sizes)  # also after an error: others wait for their turn
+    for key, start in enumerate(starts):
+        write_tokens(folder, key, start, done.tokens[key])
+        done.tokens[key] = done.tokens[key][:0]
+    return done

@@ -1,0 +1,294 @@
+"""JSON-lines, Parquet and text files and folders, cut into units of work.
+
+A unit is some millions of bytes of input. Cutting depends on the input alone, so that whoever reads
+the units in order sees the same documents whatever the number of workers.
+"""
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from lclm.files import import_optional
+
+__all__ = ["Problem", "Source", "Unit", "find_sources", "iterate_units"]
+
+GroupBy = Literal["file", "repo"]
+
+BLOCK_BYTES = 4 << 20  # input of one unit; one document may be longer
+JSON_LINES = (".jsonl", ".ndjson")
+PARQUET = ".parquet"
+COMPRESSED = (".gz", ".zst")
+UNREAD = (".zst", ".gz", ".zip", ".xz", ".bz2")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One --input argument and the files it stands for, in the order they are read."""
+
+    path: Path
+    line_files: tuple[Path, ...]  # JSON lines (.gz, .zst or not), Parquet; read first
+    documents: tuple[tuple[Path, ...], ...]  # files joined into each document
+    num_bytes: int  # on disk
+    is_folder: bool
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of a source for one worker."""
+
+    source: int  # number of the source
+    num_bytes: int  # of input on disk that is done after this unit
+    path: Path | None = None  # lines: of this file ...
+    start: int = 0  # ... these bytes; of a Parquet file these row groups
+    end: int = 0
+    lines: bytes | None = None  # ... or these, already decompressed
+    documents: tuple[tuple[Path, ...], ...] = ()
+    is_folder: bool = False  # files that are not text are left out rather than an error
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A line or file that gives no document."""
+
+    path: Path
+    line: int  # within the unit, from 1; 0: the file as a whole
+    reason: str
+    is_binary: bool = False  # a file of a folder that is not text: counted, never an error
+
+
+def find_sources(inputs: Sequence[Path], group_by: GroupBy | None = None) -> list[Source]:
+    """Find the files behind the inputs.
+
+    A file ending in .jsonl, .ndjson or .json, also with .gz or .zst, holds one JSON object per
+    line, a .parquet file one document per row; any other file is one document. A folder stands for
+    the files below it in path order, names that start with a dot left out: without group_by its
+    .jsonl, .ndjson and .parquet files are read so and any other file is one document; with "file"
+    every file is one document; with "repo" the files of each subfolder are joined into one
+    document, and files beside the subfolders into another.
+
+    Raises:
+        ValueError: an input does not exist, holds no file, is empty, or is of a kind not read.
+    """
+    sources = []
+    for path in inputs:
+        if path.is_dir():
+            sources.append(_folder(path, group_by))
+        elif not path.is_file():
+            raise ValueError(f"input {path}: no such file or folder; check the path")
+        else:
+            is_lines = _plain_name(path).endswith((*JSON_LINES, ".json", PARQUET))
+            if not is_lines:
+                _refuse_unread(path)
+            lines, documents = ((path,), ()) if is_lines else ((), ((path,),))
+            sources.append(Source(path, lines, documents, path.stat().st_size, False))
+    for source in sources:
+        if source.num_bytes == 0:
+            raise ValueError(
+                f"input {source.path}: is empty or holds no file to read; leave it out or check "
+                "the path"
+            )
+    return sources
+
+
+def _plain_name(path: Path) -> str:
+    """The name in lower case without the ending of a compression."""
+    name = path.name.lower()
+    return name.removesuffix(".gz").removesuffix(".zst")
+
+
+def _refuse_unread(path: Path) -> None:
+    if path.name.lower().endswith(UNREAD):
+        raise ValueError(
+            f"input {path}: files ending in {path.suffix} are not read (only .jsonl.gz and "
+            ".jsonl.zst are decompressed here); convert it to .jsonl, .jsonl.gz or text first"
+        )
+
+
+def _folder(root: Path, group_by: GroupBy | None) -> Source:
+    found = []
+    for path in root.rglob("*"):
+        parts = path.relative_to(root).parts
+        if not any(part.startswith(".") for part in parts) and path.is_file():
+            found.append(path)
+    found.sort(key=lambda path: path.relative_to(root).as_posix())
+    lines: list[Path] = []
+    documents: list[tuple[Path, ...]] = []
+    if group_by == "repo":
+        groups: dict[str, list[Path]] = {}
+        for path in found:
+            parts = path.relative_to(root).parts
+            groups.setdefault(parts[0] if len(parts) > 1 else "", []).append(path)
+        documents = [tuple(groups[name]) for name in sorted(groups)]
+    else:
+        for path in found:
+            if group_by is None and _plain_name(path).endswith((*JSON_LINES, PARQUET)):
+                lines.append(path)
+            else:
+                documents.append((path,))
+    num_bytes = sum(path.stat().st_size for path in found)
+    return Source(root, tuple(lines), tuple(documents), num_bytes, True)
+
+
+def iterate_units(
+    sources: Sequence[Source], block_bytes: int = BLOCK_BYTES, shard: tuple[int, int] = (0, 1)
+) -> Iterator[Unit]:
+    """Cut the sources into units, in input order.
+
+    Args:
+        sources: from `find_sources`.
+        block_bytes: input of one unit.
+        shard: (number, count): only the units whose first byte lies in that part of all bytes on
+            disk. A compressed file belongs to one part as a whole. The parts in order are the
+            whole.
+
+    Raises:
+        ValueError: a compressed or Parquet file is damaged, or its package is not installed.
+    """
+    number, count = shard
+    total = sum(source.num_bytes for source in sources)
+
+    def is_ours(first_byte: int) -> bool:
+        return min(first_byte * count // max(total, 1), count - 1) == number
+
+    at = 0
+    for source_number, source in enumerate(sources):
+        for path in source.line_files:
+            name, size = path.name.lower(), path.stat().st_size
+            if name.endswith(COMPRESSED):
+                if is_ours(at):
+                    yield from _cut_compressed(source_number, path, block_bytes)
+            else:
+                cut = _cut_parquet if name.endswith(PARQUET) else _cut_lines
+                done = at
+                for unit in cut(source_number, path, block_bytes):
+                    if is_ours(done):
+                        yield unit
+                    done += unit.num_bytes
+            at += size
+        for unit in _cut_documents(source_number, source, block_bytes):
+            if is_ours(at):
+                yield unit
+            at += unit.num_bytes
+
+
+def _cut_documents(number: int, source: Source, block_bytes: int) -> Iterator[Unit]:
+    batch: list[tuple[Path, ...]] = []
+    size = 0
+    for document in source.documents:
+        batch.append(document)
+        size += sum(path.stat().st_size for path in document)
+        if size >= block_bytes:
+            yield Unit(number, size, documents=tuple(batch), is_folder=source.is_folder)
+            batch, size = [], 0
+    if batch:
+        yield Unit(number, size, documents=tuple(batch), is_folder=source.is_folder)
+
+
+def _cut_lines(number: int, path: Path, block_bytes: int) -> Iterator[Unit]:
+    """Byte ranges that end after a newline, found without reading the whole file."""
+    size = path.stat().st_size
+    start = 0
+    with open(path, "rb") as file:
+        while start < size:
+            file.seek(min(start + block_bytes, size) - 1)
+            file.readline()
+            end = file.tell()
+            yield Unit(number, end - start, path=path, start=start, end=end)
+            start = end
+
+
+def _cut_parquet(number: int, path: Path, block_bytes: int) -> Iterator[Unit]:
+    """Row groups, several together while they are small; bytes are those of the file."""
+    parquet = import_optional("pyarrow.parquet", "pyarrow", path)
+    try:
+        metadata = parquet.read_metadata(path)
+    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        raise ValueError(
+            f"input {path}: cannot be read as Parquet ({error}); the file is damaged or cut short: "
+            "fetch it again"
+        ) from error
+    sizes = [
+        sum(group.column(n).total_compressed_size for n in range(group.num_columns))
+        for group in map(metadata.row_group, range(metadata.num_row_groups))
+    ]
+    size_on_disk = path.stat().st_size
+    start = size = done = 0
+    for group, group_bytes in enumerate(sizes, start=1):
+        size += group_bytes
+        if group == len(sizes):
+            size = size_on_disk - done  # with what the file holds besides
+        if size >= block_bytes or group == len(sizes):
+            yield Unit(number, size, path=path, start=start, end=group)
+            done += size
+            start, size = group, 0
+
+
+def _cut_compressed(number: int, path: Path, block_bytes: int) -> Iterator[Unit]:
+    done = 0
+    with open(path, "rb") as raw, _decompress(path, raw) as file:
+        while True:
+            try:
+                block = file.read(block_bytes) + file.readline()
+            except (OSError, EOFError, zlib.error) as error:
+                raise ValueError(
+                    f"input {path}: cannot be decompressed ({error}); the file is damaged or not "
+                    f"{path.suffix[1:]}: fetch it again"
+                ) from error
+            if not block:
+                return
+            here = raw.tell()
+            yield Unit(number, here - done, path=path, lines=block)
+            done = here
+
+
+def _decompress(path: Path, raw: BinaryIO) -> BinaryIO:
+    if path.suffix.lower() == ".gz":
+        return gzip.open(raw)  # type: ignore[return-value]
+    zstandard = import_optional("zstandard", "zstandard", path)
+    return io.BufferedReader(_ZstdFrames(raw, zstandard), 1 << 20)  # type: ignore[return-value]
+
+
+class _ZstdFrames(io.RawIOBase):
+    """The frames of a .zst file one after another; a last frame that is cut short is an error.
+
+    zstandard's own reader ends quietly there.
+    """
+
+    def __init__(self, raw: BinaryIO, zstandard: Any) -> None:
+        self._raw = raw
+        self._zstandard = zstandard
+        self._frame: Any = None
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer; 0 at the end. OSError for damaged input."""
+        unread = b""
+        while not self._ready:
+            chunk = unread or self._raw.read(1 << 18)
+            if not chunk:
+                if self._frame is not None:
+                    raise EOFError("the last frame is cut short")
+                return 0
+            if self._frame is None:
+                self._frame = self._zstandard.ZstdDecompressor().decompressobj()
+            try:
+                self._ready = self._frame.decompress(chunk)
+            except self._zstandard.ZstdError as error:
+                raise OSError(str(error)) from error
+            unread = b""
+            if self._frame.eof:
+                unread, self._frame = self._frame.unused_data, None
+                if unread and self._ready:  # the next call goes on behind this frame
+                    self._raw.seek(-len(unread), io.SEEK_CUR)
+                    unread = b""
+        taken = self._ready[: len(buffer)]
+        buffer[: len(taken)] = taken
+        self._ready = self._ready[len(taken) :]
+        return len(taken)

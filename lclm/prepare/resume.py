@@ -1,0 +1,158 @@
+"""The folder `<prefix>.unfinished` of work that can go on after a kill.
+
+    state.json       how far the work has come: written in one step after each unit of input
+    tokens-K         tokens of key number K
+    lengths-K        int32, tokens of every document so far, 0 for one without
+
+What is in the two files beyond the sizes in state.json is of units that were not done when the run
+was killed; the next run cuts it off.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from lclm.data.indexed import temporary_name
+from lclm.prepare.worker import Encoded
+
+__all__ = ["State", "Unfinished", "write_tokens"]
+
+
+@dataclass
+class State:
+    """How far the work has come; everything in it counts what is joined."""
+
+    inputs: str = ""  # hash of all that decides the output
+    units: int = 0  # of input
+    bytes_read: int = 0  # of input on disk
+    token_bytes: list[int] = field(default_factory=list)  # per key
+    length_bytes: list[int] = field(default_factory=list)
+    tokens: int = 0  # over all keys
+    documents: list[int] = field(default_factory=list)  # per source, of the first key
+    empty: int = 0
+    skipped: int = 0
+    binary: int = 0
+    short: int = 0
+    long: int = 0
+    named: list[str] = field(default_factory=list)
+    file: list[str] = field(default_factory=list)  # source and path of the last unit
+    lines: int = 0  # of that file so far
+    is_complete: bool = False  # only the renaming is left
+
+
+class Unfinished:
+    """The folder, held by one process; use as a context manager.
+
+    Attributes:
+        state: of this work; what an earlier run left, or new.
+        has_resumed: whether an earlier run's work goes on.
+        was_discarded: whether an earlier run's work was of other inputs and is gone.
+    """
+
+    def __init__(self, prefix: str, inputs: str, num_keys: int, num_sources: int) -> None:
+        self.folder = f"{prefix}.unfinished"
+        self._num_keys = num_keys
+        new = State(inputs, token_bytes=[0] * num_keys, length_bytes=[0] * num_keys)
+        new.documents = [0] * num_sources
+        self.state = new
+        self.has_resumed = self.was_discarded = False
+
+    def __enter__(self) -> "Unfinished":
+        """Take the folder.
+
+        Raises:
+            ValueError: another process works in it.
+        """
+        Path(self.folder).mkdir(parents=True, exist_ok=True)
+        self._lock = open(self._path("lock"), "wb")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise ValueError(
+                f"{self.folder}: another process is writing this prefix; wait for it, or give "
+                "another --output-prefix"
+            ) from error
+        earlier = Path(self._path("state.json"))
+        if earlier.is_file():
+            state = State(**json.loads(earlier.read_text(encoding="utf-8")))
+            self.has_resumed = state.inputs == self.state.inputs and self._holds(state)
+            self.was_discarded = not self.has_resumed
+            if self.has_resumed:
+                self.state = state
+        for path in Path(self.folder).iterdir():
+            is_held = self.has_resumed and path.name.startswith(("tokens-", "lengths-"))
+            if path.name != "lock" and not is_held:
+                path.unlink()
+        for key in range(self._num_keys):
+            for name, size in (
+                (f"tokens-{key}", self.state.token_bytes[key]),
+                (f"lengths-{key}", self.state.length_bytes[key]),
+            ):
+                if not (self.state.is_complete and not os.path.exists(self._path(name))):
+                    with open(self._path(name), "ab") as file:
+                        file.truncate(size)
+        self.save()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._lock.close()
+
+    def _holds(self, state: State) -> bool:
+        """Whether the files hold what the state says; not so after a crash of the machine."""
+        sizes = {f"tokens-{key}": size for key, size in enumerate(state.token_bytes)}
+        sizes |= {f"lengths-{key}": size for key, size in enumerate(state.length_bytes)}
+        names = [name for name in sizes if os.path.exists(self._path(name))]
+        # tokens that are complete may have got their final name already
+        is_whole = state.is_complete or len(names) == len(sizes)
+        return is_whole and all(os.path.getsize(self._path(name)) >= sizes[name] for name in names)
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    def save(self) -> None:
+        """Write state.json in one step."""
+        name = temporary_name(self._path("state.json"))
+        Path(name).write_text(json.dumps(asdict(self.state)), encoding="utf-8")
+        os.replace(name, self._path("state.json"))
+
+    def add(self, done: Encoded) -> None:
+        """Append a unit; tokens that are not written yet are. `save` follows."""
+        for key in range(self._num_keys):
+            write_tokens(self.folder, key, self.state.token_bytes[key], done.tokens[key])
+            self.state.token_bytes[key] += done.num_bytes[key]
+            with open(self._path(f"lengths-{key}"), "ab") as file:
+                file.write(done.lengths[key].tobytes())
+                self.state.length_bytes[key] = file.tell()
+
+    def tokens(self, key: int) -> Path:
+        """The file of all tokens of a key."""
+        return Path(self._path(f"tokens-{key}"))
+
+    def lengths(self, key: int) -> np.ndarray:
+        """int32, tokens of every document of a key; memory-mapped."""
+        path = self._path(f"lengths-{key}")
+        return np.memmap(path, np.int32, "r") if os.path.getsize(path) else np.empty(0, np.int32)
+
+    def remove(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder)
+
+
+def write_tokens(folder: str, key: int, start: int, tokens: np.ndarray) -> None:
+    """Write tokens into the file of a key, from byte `start` on."""
+    if len(tokens):
+        with open(os.path.join(folder, f"tokens-{key}"), "r+b") as file:
+            file.seek(start)
+            file.write(tokens.data)

@@ -1,0 +1,155 @@
+"""MDS folders and indexed prefixes to indexed prefixes, of the same tokenizer or another."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from lclm.data.indexed import IndexedReader, IndexedWriter
+from lclm.data.mds import MdsReader
+from lclm.data.tokenizer import Tokenizer
+from lclm.prepare.gigatoken import Encoder, Library, choose_library
+
+__all__ = ["MASK_VALUES", "retokenize"]
+
+MASK_VALUES = (0.0, 1.0)  # weights that a mask of 0 and 1 stands for
+BATCH_DOCS = 256
+SAMPLE_DOCS = 16
+
+Document = tuple[np.ndarray, np.ndarray | None]  # tokens, numbers of weights
+
+
+def retokenize(
+    source: str,
+    output_prefix: str,
+    old: Tokenizer,
+    new: Tokenizer | None = None,
+    append_eod: bool = False,
+    prepend_bos: bool = False,
+    domain: str = "",
+    library: Library = "auto",
+) -> tuple[int, int]:
+    """Write the documents of `source` as `<output_prefix>.bin/.idx/.json`.
+
+    Args:
+        source: a folder with MDS shards, or an indexed prefix.
+        output_prefix: of the new files.
+        old: the tokenizer that wrote source.
+        new: None: tokens, spans and masks stay as they are. Else documents are decoded, special
+            tokens at both ends left out, and encoded anew; a document cut inside a character keeps
+            a replacement character there.
+        append_eod, prepend_bos: end or start every document with the special token of `new`.
+        domain: name for the `.json`; empty: the last part of the prefix.
+        library: as for `choose_library`.
+
+    Returns:
+        Documents and tokens written.
+
+    Raises:
+        ValueError: source cannot be read, ids lie beyond the old vocabulary, masks would have to go
+            from one tokenizer to another, or a special token does not exist.
+    """
+    reader = _open(source, old)
+    has_weights = reader.has_mask if isinstance(reader, MdsReader) else reader.has_weights
+    if new is not None and has_weights:
+        raise ValueError(
+            f"{source}: has masks of tokens, which cannot follow to another tokenizer; write the "
+            "conversations anew with tools/preprocess_data.py --chat"
+        )
+    target = new or old
+    if new is None and (append_eod or prepend_bos):
+        raise ValueError("--append-eod and --prepend-bos: apply with --to-tokenizer only")
+    values = _weight_values(reader) if has_weights else ()
+    num_documents = num_tokens = 0
+    with IndexedWriter(output_prefix, target.vocab_size, values) as writer:
+        documents = _read(reader)
+        if new is not None:
+            ends = [new.bos_id if prepend_bos else None, new.eod_id if append_eod else None]
+            if (prepend_bos and ends[0] is None) or (append_eod and ends[1] is None):
+                raise ValueError(f"tokenizer {new.path}: names no such special token")
+            documents = _encode(documents, old, new, ends, library)
+        for tokens, weights in documents:
+            writer.add_document(tokens, weights)
+            num_documents += 1
+            num_tokens += len(tokens)
+        writer.metadata = {
+            "format": 1,
+            "domain": domain or Path(output_prefix).name,
+            "tokenizer": target.describe(),
+            "sources": [{"path": source, "documents": num_documents}],
+            "options": {"append_eod": append_eod, "prepend_bos": prepend_bos},
+        }
+        if _is_chat(reader):
+            writer.metadata["is_chat"] = True
+    return num_documents, num_tokens
+
+
+def _open(source: str, old: Tokenizer) -> MdsReader | IndexedReader:
+    if (Path(source) / "index.json").is_file() or Path(source).is_dir():
+        return MdsReader(Path(source))
+    reader = IndexedReader(source)
+    digest = reader.metadata.get("tokenizer", {}).get("sha256", old.sha256)
+    if digest != old.sha256:
+        raise ValueError(
+            f"{source}: was written with another tokenizer than {old.path} (sha256 {digest[:12]} "
+            f"and {old.sha256[:12]}); give the one that wrote it"
+        )
+    return reader
+
+
+def _is_chat(reader: MdsReader | IndexedReader) -> bool:
+    """Whether documents are conversations; ProLong's shards have masks for those and no others."""
+    if isinstance(reader, MdsReader):
+        return reader.has_mask
+    return bool(reader.metadata.get("is_chat"))
+
+
+def _weight_values(reader: MdsReader | IndexedReader) -> tuple[float, ...]:
+    if isinstance(reader, MdsReader):
+        return MASK_VALUES
+    return tuple(reader.metadata["weight_values"])
+
+
+def _read(reader: MdsReader | IndexedReader) -> Iterator[Document]:
+    if isinstance(reader, IndexedReader):
+        for number in range(len(reader)):
+            weights = reader.read_weight_numbers(number) if reader.has_weights else None
+            yield reader.read(number), weights
+        return
+    for document in reader.documents():
+        mask = document.mask
+        if mask is not None and len(mask) and mask.max() > 1:
+            raise ValueError(f"{document.where}: mask holds {mask.max()}, not only 0 and 1")
+        if reader.has_mask and mask is None:
+            mask = np.ones(len(document.tokens), np.uint8)
+        yield document.tokens, mask
+
+
+def _encode(
+    documents: Iterator[Document],
+    old: Tokenizer,
+    new: Tokenizer,
+    ends: list[int | None],
+    library: Library,
+) -> Iterator[Document]:
+    before, after = (np.array([] if end is None else [end], np.uint32) for end in ends)
+    texts = (_decode(tokens, old) for tokens, _ in documents)
+    sample = list(itertools.islice(texts, SAMPLE_DOCS))
+    encoder = Encoder(new, choose_library(new, library, sample))
+    every = itertools.chain(sample, texts)
+    while batch := list(itertools.islice(every, BATCH_DOCS)):
+        for ids in encoder.encode(batch):
+            yield (np.concatenate([before, ids, after]) if len(ids) else ids), None
+
+
+def _decode(tokens: np.ndarray, old: Tokenizer) -> str:
+    if len(tokens) and int(tokens.max()) >= old.vocab_size:
+        raise ValueError(
+            f"tokenizer {old.path}: has {old.vocab_size} tokens, the data holds {tokens.max()}; "
+            "give the tokenizer that wrote the data"
+        )
+    ids = tokens.tolist()
+    start = 1 if ids and ids[0] == old.bos_id else 0
+    end = len(ids) - 1 if len(ids) > start and ids[-1] == old.eod_id else len(ids)
+    return old.decode(ids[start:end])

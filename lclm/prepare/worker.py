@@ -1,0 +1,138 @@
+"""One unit of input to tokens: what a worker process of `encode` does."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from lclm.data.indexed import dtype_for_vocab
+from lclm.prepare.documents import read_unit
+from lclm.prepare.gigatoken import Encoder, Library, Text
+from lclm.prepare.readers import Problem, Unit
+
+__all__ = ["EncodeOptions", "Encoded", "Worker", "WorkerState"]
+
+BATCH_CHARS = 1 << 18  # characters handed to the tokenizer at once, unless one text is longer
+BATCH_TEXTS = 1024
+FIRST_ROOM = 1 << 20  # tokens
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """How documents become tokens."""
+
+    json_keys: tuple[str, ...] = ("text",)
+    append_eod: bool = False
+    prepend_bos: bool = False
+    on_error: Literal["stop", "skip"] = "stop"
+    num_workers: int = 1
+    min_tokens: int = 0  # documents of fewer are left out; special tokens do not count
+    max_tokens: int = 0  # documents of more are left out; 0: no limit
+    library: Library = "auto"
+    shard: tuple[int, int] = (0, 1)  # number and count
+    engine: Literal["local", "ray"] = "local"  # ray: num_workers is the cluster's affair
+
+
+@dataclass(frozen=True)
+class WorkerState:
+    """What every worker needs; picklable."""
+
+    tokenizer_path: str
+    vocab_size: int
+    eod_id: int | None
+    bos_id: int | None
+    plain_json_file: str  # for gigatoken; empty: the ordinary library
+    options: EncodeOptions
+
+
+@dataclass
+class Encoded:
+    """What one unit gave; lists have one element per key."""
+
+    tokens: list[np.ndarray]  # of its documents, valid until the worker's next unit; empty: written
+    lengths: list[np.ndarray]  # int32, tokens of every document, 0 for one without
+    num_bytes: list[int]  # of all tokens
+    num_lines: int = 0
+    num_short: int = 0  # documents left out by min_tokens, over all keys
+    num_long: int = 0
+    problems: list[Problem] = field(default_factory=list)
+
+
+class Worker:
+    """Encodes units; one per process."""
+
+    def __init__(self, state: WorkerState) -> None:
+        self._options = options = state.options
+        self._dtype = dtype_for_vocab(state.vocab_size)
+        plain = state.plain_json_file
+        plain_json = Path(plain).read_text(encoding="utf-8") if plain else None
+        self._encoder = Encoder(state.tokenizer_path, plain_json)
+        self._before = [state.bos_id] if options.prepend_bos else []
+        self._after = [state.eod_id] if options.append_eod else []
+        self.num_keys = len(options.json_keys)
+        # tokens of a unit; kept from unit to unit, because fresh memory costs more than writing it
+        self._rooms = [np.empty(FIRST_ROOM, self._dtype) for _ in options.json_keys]
+
+    def encode(self, unit: Unit) -> Encoded:
+        """The tokens of a unit."""
+        done = Encoded([], [], [])
+        lengths: list[list[int]] = [[] for _ in self._rooms]
+        ends = [0] * self.num_keys
+        for batch in self._batches(unit, done):
+            for key in range(self.num_keys):
+                texts = [texts[key] for texts in batch]
+                ends[key] = self._encode_texts(texts, key, ends[key], lengths[key], done)
+        done.tokens = [room[:end] for room, end in zip(self._rooms, ends)]
+        done.lengths = [np.array(item, np.int32) for item in lengths]
+        done.num_bytes = [tokens.nbytes for tokens in done.tokens]
+        return done
+
+    def _batches(self, unit: Unit, done: Encoded) -> Iterator[list[tuple[Text, ...]]]:
+        batch: list[tuple[Text, ...]] = []
+        num_chars = 0
+        for item in read_unit(unit, self._options.json_keys, as_utf8=True):
+            done.num_lines += 1
+            if isinstance(item, Problem):
+                done.problems.append(item)
+                if self._options.on_error == "stop" and not item.is_binary:
+                    break
+            elif item is not None:
+                batch.append(item)
+                num_chars += sum(map(len, item))
+                if num_chars >= BATCH_CHARS or len(batch) >= BATCH_TEXTS:
+                    yield batch
+                    batch, num_chars = [], 0
+        if batch:
+            yield batch
+
+    def _encode_texts(
+        self, texts: Sequence[Text], key: int, end: int, lengths: list[int], done: Encoded
+    ) -> int:
+        """Put the tokens of the texts that are kept behind those there; the new end."""
+        low, high = self._options.min_tokens, self._options.max_tokens
+        before, after = self._before, self._after
+        start, stop = len(before), len(before) + len(after)
+        room = self._rooms[key]
+        for ids in self._encoder.encode(texts):
+            size = len(ids)
+            if size < low:
+                done.num_short += 1
+            elif high and size > high:
+                done.num_long += 1
+            elif size == 0:
+                # Megatron's rule: a document without tokens gets no end-of-document either
+                lengths.append(0)
+            else:
+                whole = size + stop
+                if end + whole > len(room):
+                    room = np.empty(max(end + whole, 2 * len(room)), self._dtype)
+                    room[:end] = self._rooms[key][:end]
+                    self._rooms[key] = room
+                room[end : end + start] = before
+                room[end + start : end + start + size] = ids
+                room[end + start + size : end + whole] = after
+                lengths.append(whole)
+                end += whole
+        return end

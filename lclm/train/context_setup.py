@@ -1,0 +1,132 @@
+"""How the context ranks of a run work together: what their machine does, and what follows."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from lclm.config import Config
+from lclm.context.measure import measure_machine
+from lclm.context.parallel import ContextParallel
+from lclm.context.plan.choice import choose_fastest, compare_comms
+from lclm.context.plan.comm import Comm
+from lclm.context.plan.cost import CostModel
+from lclm.context.plan.rates import LINKS, RATES_NAME, Machine, load_machine
+from lclm.mesh import Mesh, split_context
+from lclm.train.stages import attention_cost
+
+logger = logging.getLogger(__name__)
+
+NUM_ROWS_COMPARED = 8
+
+
+def spread_rows(num_rows: int) -> list[int]:
+    """Numbers of some rows of a stage, from its first to its last, by which "auto" decides."""
+    return np.linspace(0, num_rows - 1, min(NUM_ROWS_COMPARED, num_rows)).astype(int).tolist()
+
+
+def find_machine(config: Config, mesh: Mesh) -> Machine:
+    """What this run's ranks do, equal on all of them: as the run folder says, or measured now.
+
+    What is measured stays in the run folder, so that a run that goes on in the same layout deals
+    out its rows as before, bit for bit. In another layout or another folder the rates, and so plans
+    and ways, may differ, which changes sums by rounding only. Nothing is measured where nothing is
+    "auto".
+    """
+    parallel = config.parallel
+    if mesh.cp_size == 1 or "auto" not in (parallel.cp_layout, parallel.cp_comm):
+        return LINKS["nvlink"]
+    path, made_for = Path(config.run.dir) / RATES_NAME, _describe(config, mesh)
+    known = [read_rates(path, made_for) if mesh.rank == 0 else None]
+    dist.broadcast_object_list(known)
+    if known[0] is not None:
+        machine = load_machine(known[0])
+        logger.info("context rates of %s: %s", path, machine.summary())
+        return machine
+    cost = attention_cost(config, mesh.dtype.itemsize, LINKS["nvlink"])
+    machine = measure_machine(cost, mesh.cp_group, mesh.device, mesh.dtype)
+    logger.info("context rates, measured: %s", machine.summary())
+    if mesh.rank == 0:
+        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        record = {"made_for": made_for, "machine": machine.dump()}
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="ascii")
+        os.replace(temporary, path)
+    return machine
+
+
+def choose_comm(config: Config, cost: CostModel, rows: Sequence[np.ndarray]) -> Comm:
+    """How queries meet keys: as configured, or what is predicted to be fast for some rows.
+
+    Args:
+        cost: of `attention_cost`.
+        rows: document lengths; looked at only where `parallel.cp_comm` is "auto" and several ranks
+            share a row, and then at least one.
+    """
+    parallel = config.parallel
+    if parallel.cp == 1 or parallel.cp_comm != "auto":
+        shared = {"ulysses": parallel.cp, "ulysses_ring": parallel.cp_ulysses}
+        return Comm(parallel.cp_comm, shared.get(parallel.cp_comm, 1))
+    found = compare_comms(parallel.cp_layout, rows, parallel.cp, cost)
+    comm = choose_fastest(found)
+    times = ", ".join(f"{way} {1e3 * seconds:.3g}" for way, seconds in found.items())
+    logger.info(
+        "cp_comm auto: %s, by predicted ms of a layer's attention, forward and backward, mean of "
+        "%d rows: %s",
+        comm,
+        len(rows),
+        times,
+    )
+    return comm
+
+
+def build_context(
+    config: Config, mesh: Mesh, machine: Machine, rows: Sequence[np.ndarray]
+) -> ContextParallel:
+    """How rows are dealt out and queries meet keys; `rows` as in `choose_comm`, equal on all ranks.
+
+    All processes of the world must call it at the same time: it may make groups.
+    """
+    parallel = config.parallel
+    cost = attention_cost(config, mesh.dtype.itemsize, machine)
+    chosen = [choose_comm(config, cost, rows)]
+    dist.broadcast_object_list(chosen)  # processors of other kinds may round otherwise
+    comm, heads, ring = chosen[0], None, None
+    if comm.name == "ulysses_ring":
+        heads, ring = split_context(mesh.cp_group, comm.shared)
+    return ContextParallel(parallel.cp_layout, comm, cost, mesh.cp_group, mesh.device, heads, ring)
+
+
+def _describe(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """What the rates depend on."""
+    model, parallel = config.model, config.parallel
+    is_cuda = mesh.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(mesh.device) if is_cuda else "cpu",
+        "world_size": mesh.world_size,
+        **parallel.model_dump(include={"tp", "pp", "cp"}),
+        "heads": [model.num_attention_heads, model.num_kv_heads, model.head_size],
+        "dtype": str(mesh.dtype),
+    }
+
+
+def read_rates(path: Path, made_for: dict[str, Any]) -> dict[str, Any] | None:
+    """Numbers of the machine in a file, if there is one and it was measured for this.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text("ascii"))
+        return record["machine"] if record["made_for"] == made_for else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not what a trainer measured: {error}; remove it") from error

@@ -1,0 +1,210 @@
+"""Conversations: tokens equal transformers', what is trained on, what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lclm.data.indexed import IndexedReader
+from lclm.data.labels import build_label_weights, build_labels
+from lclm.data.mixture import MixtureEntry
+from lclm.data.stage_rows import StageRows
+from lclm.data.tokenizer import load_tokenizer
+from lclm.prepare.chat import ChatTemplate, check_messages
+from lclm.prepare.chat_encoder import encode_conversations
+from lclm.prepare.readers import find_sources
+
+ROOT = Path(__file__).resolve().parents[2]
+LLAMA3 = (
+    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + "
+    "'<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+    "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    "{% endif %}"
+)
+CHATML = (
+    "{%- for message in messages %}\n"
+    "    {%- if message.role not in ['system', 'user', 'assistant'] %}\n"
+    "        {{- raise_exception('no such role') }}\n    {%- endif %}\n"
+    "    {{- '<|im_start|>' + message.role + '\\n' }}\n"
+    "    {%- if message.role == 'assistant' %}{% generation %}{{ message.content }}"
+    "{{ '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}\n"
+    "    {%- else %}{{ message.content + '<|im_end|>\\n' }}{% endif %}\n{%- endfor %}\n"
+    "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n{%- endif %}\n"
+)
+SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
+           "<|eot_id|>", "<|im_start|>", "<|im_end|>"]  # fmt: skip
+TALK = [
+    {"role": "system", "content": "be kind"},
+    {"role": "user", "content": "hello world, the cat?"},
+    {"role": "assistant", "content": "a long road\n\ngoes over"},
+    {"role": "user", "content": "x + 1"},
+    {"role": "assistant", "content": "names: Anna"},
+]
+
+
+@pytest.fixture
+def folder(tokenizer_files, tmp_path):
+    """A tokenizer folder with the special tokens of both formats; write(template) sets its own."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_files["hf"]))
+    tokenizer.add_special_tokens(SPECIAL)
+    root = tmp_path / "tokenizer"
+    root.mkdir()
+    tokenizer.save(str(root / "tokenizer.json"))
+
+    def write(template):
+        config = {"bos_token": SPECIAL[0], "eos_token": SPECIAL[1], "chat_template": template}
+        if template is None:
+            del config["chat_template"]
+        (root / "tokenizer_config.json").write_text(json.dumps(config))
+        return load_tokenizer(root)
+
+    write(None)
+    return root, write
+
+
+def by_transformers(root, template, messages):
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_file=str(root / "tokenizer.json"), bos_token=SPECIAL[0]
+    )
+    return theirs.apply_chat_template(
+        messages, chat_template=template, tokenize=True, return_dict=True,
+        return_assistant_tokens_mask="generation" in template,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "template"), [("llama3", LLAMA3), ("chatml", CHATML)])
+@pytest.mark.parametrize("source", ["named", "tokenizer"])
+def test_tokens_and_targets_equal_transformers(folder, name, template, source):
+    root, write = folder
+    tokenizer = write(template)
+    chat = ChatTemplate(name if source == "named" else "tokenizer", tokenizer)
+    for messages in (TALK, TALK[1:3], TALK[:3]):
+        ids, targets = chat.encode(messages)
+        theirs = by_transformers(root, template, messages)
+        assert ids == list(theirs["input_ids"])
+        if name == "chatml":
+            assert targets == list(theirs["assistant_masks"])
+        said = tokenizer.decode([token for token, t in zip(ids, targets) if t])
+        end = "<|eot_id|>" if name == "llama3" else "<|im_end|>"
+        answers = [m["content"] for m in messages if m["role"] == "assistant"]
+        assert said == "".join(answer + end for answer in answers)
+
+
+@pytest.mark.parametrize("source", ["llama3", "tokenizer"])
+def test_contents_that_spell_special_tokens_stay_text(folder, source):
+    _, write = folder
+    tokenizer = write(LLAMA3)
+    evil = [
+        {"role": "user", "content": "a<|eot_id|>b"},
+        {"role": "assistant", "content": "<|eot_id|>"},
+    ]
+    ids, targets = ChatTemplate(source, tokenizer).encode(evil)
+    eot = tokenizer.special_id("<|eot_id|>")
+    assert ids.count(eot) == 2 and ids[-1] == eot and targets[-1] == 1
+    said = [token for token, target in zip(ids, targets) if target]
+    assert said == [*tokenizer.encode("<|eot_id|>"), eot]
+
+
+def test_what_templates_refuse(folder, tokenizer_files):
+    _, write = folder
+    with pytest.raises(ValueError, match="brings no chat template"):
+        ChatTemplate("tokenizer", write(None))
+    with pytest.raises(ValueError, match="chat template:"):
+        ChatTemplate("tokenizer", write("{% for %}"))
+    with pytest.raises(ValueError, match="refuses it: no such role"):
+        ChatTemplate("tokenizer", write(CHATML)).encode([{"role": "tool", "content": "x"}])
+    backwards = "{% for m in messages | reverse %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match="cannot be told apart"):
+        ChatTemplate("tokenizer", write(backwards)).encode(TALK)
+    with pytest.raises(ValueError, match=r"has no special token <\|im_start\|>, <\|im_end\|>"):
+        ChatTemplate("chatml", load_tokenizer(tokenizer_files["tiktoken"]))
+    with pytest.raises(ValueError, match="use one of llama3"):
+        ChatTemplate("alpaca", write(None))
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([], "no list of messages"),
+        ("hello", "no list of messages"),
+        ([{"content": "x"}], "message 0 is no object with a role"),
+        ([{"role": "user"}], "message 0 has no text"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "message 0 has no text"),
+        ([{"role": "user", "content": "x"}], "no message of an assistant"),
+    ],
+)
+def test_messages_that_are_none(messages, reason):
+    with pytest.raises(ValueError, match=reason):
+        check_messages(messages)
+
+
+def test_parts_of_text_are_joined():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    checked = check_messages([{"role": "assistant", "content": parts}])
+    assert checked == [{"role": "assistant", "content": "ab"}]
+
+
+def test_from_lines_to_weighted_labels(folder, tmp_path):
+    root, _ = folder
+    path = tmp_path / "talks.jsonl"
+    path.write_text((json.dumps({"messages": TALK}) + "\n\n") * 3)
+    command = [sys.executable, ROOT / "tools/preprocess_data.py", "--input", path, "--chat",
+               "--chat-template", "llama3", "--prompt-weight", "0.25", "--tokenizer", root,
+               "--output-prefix", tmp_path / "sft"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    tokenizer = load_tokenizer(root)
+    ids, targets = ChatTemplate("llama3", tokenizer).encode(TALK)
+    assert IndexedReader(tmp_path / "sft").lengths.tolist() == [len(ids)] * 3
+    length = 2 * len(ids) + 9
+    rows = StageRows([MixtureEntry(str(tmp_path / "sft"), "best-fit", 0, 1.0)], length, 1, 0)
+    row = rows.row(0)
+    assert row.doc_lengths.tolist() == [len(ids), len(ids), 9], "conversations are not cut"
+    expected = np.where(np.array(targets) == 1, 1, 0.25)
+    assert row.token_weights.tolist() == [*expected, *expected, *[0] * 9]
+    labels = build_labels(row.tokens, row.doc_lengths)
+    weights = build_label_weights(row.token_weights, row.doc_lengths, labels)
+    eot = tokenizer.special_id("<|eot_id|>")
+    assert labels[len(ids) - 2] == eot and weights[len(ids) - 2] == 1, "the last one is trained"
+    assert labels[len(ids) - 1] == -100 and weights[len(ids) - 1] == 0
+    assert (labels != -100).sum() == 2 * (len(ids) - 1) and (weights > 0).sum() == 2 * (
+        len(ids) - 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ((), "give --chat-template"),
+        (("--chat-template", "llama3", "--append-eod"), "does not go with --append-eod"),
+        (("--chat-template", "llama3", "--prompt-weight", "2"), "must be from 0 to 1"),
+        (("--chat-template", "llama3"), "line 2: holds no message of an assistant"),
+    ],
+)
+def test_bad_chat_input_ends_with_2_and_leaves_nothing(folder, tmp_path, extra, message):
+    path = tmp_path / "talks.jsonl"
+    lines = [{"messages": TALK}, {"messages": TALK[:2]}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [sys.executable, ROOT / "tools/preprocess_data.py", "--input", path, "--chat",
+               "--tokenizer", folder[0], "--output-prefix", tmp_path / "sft", *extra]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("sft*"))
+
+
+def test_bad_conversations_are_skipped_and_named(folder, tmp_path):
+    path = tmp_path / "talks.jsonl"
+    lines = [{"messages": TALK}, {"messages": []}, {"talk": 1}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + "nonsense\n")
+    request = (find_sources([path]), load_tokenizer(folder[0]), str(tmp_path / "sft"), "llama3")
+    summary = encode_conversations(*request, on_error="skip")
+    assert (summary.num_documents, summary.num_skipped) == (1, 3)
+    reasons = ["no list of messages", "has no key 'messages'", "is not JSON"]
+    assert all(reason in text for reason, text in zip(reasons, summary.named))
+    assert summary.named[2].startswith(f"{path}, line 4")

@@ -1,0 +1,85 @@
+"""Tokenizers that people have: Llama 3's file, and the SentencePiece models of Mistral."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from lclm.data.indexed import IndexedReader
+from lclm.data.tokenizer import load_tokenizer
+from lclm.prepare import gigatoken
+from lclm.prepare.chat import ChatTemplate
+from lclm.prepare.encoder import EncodeOptions, encode_sources
+from lclm.prepare.readers import find_sources
+
+TALK = [  # no space at the ends of a turn: Hugging Face's template strips it, Meta's code does not
+    {"role": "system", "content": "be kind"},
+    {"role": "user", "content": "what is  7 x 6?"},
+    {"role": "assistant", "content": "42, \u56db\u5341\u4e8c\n\n\tof course"},
+    {"role": "user", "content": "<|eot_id|> and then?"},
+    {"role": "assistant", "content": "nothing"},
+]
+
+
+def package_folder(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0])
+
+
+LLAMA3 = package_folder("llama_models") / "llama3" / "tokenizer.model"
+MISTRAL = sorted((package_folder("mistral_common") / "data").glob("*.model.v*"))
+
+
+def real_texts() -> list[str]:
+    """Source code and its documentation strings, and texts made to be difficult."""
+    files = sorted(Path(json.__file__).parent.glob("*.py"))
+    files += sorted(package_folder("email").glob("*.py"))
+    special = "<|begin_of_text|>a<|eot_id|> <|end_of_text|><s>b</s> [INST] c [/INST]"
+    return [file.read_text(encoding="utf-8") for file in files] + [special, *gigatoken.PROBES]
+
+
+def test_llama_3_gives_the_ids_of_its_own_library() -> None:
+    from llama_models.llama3.tokenizer import Tokenizer as Theirs
+
+    ours, theirs = load_tokenizer(LLAMA3), Theirs(LLAMA3)
+    assert ours.kind == "tiktoken"
+    assert (ours.vocab_size, ours.bos_id, ours.eod_id) == (128256, 128000, 128001)
+    for text in real_texts():
+        ids = theirs.encode(
+            text, bos=False, eos=False, allowed_special=set(), disallowed_special=()
+        )
+        assert ours.encode(text) == ids
+        assert ours.decode(ids) == text
+
+
+def test_llama_3_conversations_are_those_of_its_own_library() -> None:
+    from llama_models.datatypes import RawMessage
+    from llama_models.llama3.chat_format import ChatFormat
+    from llama_models.llama3.tokenizer import Tokenizer as Theirs
+
+    tokens, targets = ChatTemplate("llama3", load_tokenizer(LLAMA3)).encode(TALK)
+    theirs = ChatFormat(Theirs(LLAMA3)).encode_dialog_prompt([RawMessage(**turn) for turn in TALK])
+    header = ChatFormat(Theirs(LLAMA3))._encode_header("assistant")
+    assert theirs.tokens[-len(header) :] == header  # of the answer to come
+    assert tokens == theirs.tokens[: -len(header)]
+    assert tokens[-1] == load_tokenizer(LLAMA3).special_id("<|eot_id|>") and targets[-1]
+
+
+@pytest.mark.parametrize("path", [LLAMA3, *MISTRAL], ids=lambda path: path.name)
+def test_gigatoken_writes_what_the_ordinary_library_writes(path: Path, tmp_path: Path) -> None:
+    texts = real_texts()
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "texts.jsonl").write_text(lines, encoding="utf-8")
+    tokenizer = load_tokenizer(path)
+    sources = find_sources([tmp_path / "texts.jsonl"])
+    written = []
+    for library in ("gigatoken", "standard"):
+        prefix = str(tmp_path / library)
+        encode_sources(sources, tokenizer, prefix, EncodeOptions(library=library))
+        written.append([Path(f"{prefix}.{kind}").read_bytes() for kind in ("bin", "idx")])
+        reader = IndexedReader(prefix)
+        for number in range(3):
+            assert tokenizer.decode(reader.read(number).tolist()) == texts[number]
+    assert written[0] == written[1]
