@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from measure import record
 
+from lclm.config import MixtureEntry
 from lclm.data.indexed import IndexedReader, adopt_tokens
-from lclm.data.mixture import MixtureEntry
 from lclm.data.stage_rows import StageRows
 from lclm_kernels.native import pack_best_fit, pack_concat, seeded_order
 
@@ -97,7 +97,7 @@ def bench_loader(arguments: argparse.Namespace) -> None:
         floor = len(data) / (time.process_time() - start) / 1e6
         num_rows = num_tokens * 9 // 10 // ROW_LENGTH
         for packing in ("concat", "best-fit"):
-            entry = MixtureEntry(prefix, packing, 0, 1.0)
+            entry = MixtureEntry(prefix=prefix, packing=packing, share=1.0)
             for state in ("cold plan", "kept plan"):
                 wall = time.perf_counter()
                 planned = StageRows(

@@ -5,12 +5,13 @@ the small functions `_check_*` at the end; each raises `ConfigError` with the fi
 rule and the remedy. Files and overrides are read in `lclm.config_file`.
 """
 
-from __future__ import annotations
-
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
+
+Packing = Literal["exact", "concat", "best-fit"]
 
 
 class ConfigError(ValueError):
@@ -169,7 +170,7 @@ class MixtureEntry(Section):
 
     prefix: str
     """Indexed file without its ending: `<prefix>.bin`, `<prefix>.idx`; or its URL."""
-    packing: Literal["exact", "concat", "best-fit"]
+    packing: Packing
     """`exact`: equal pieces cut from long documents. `concat`: documents one after another.
     `best-fit`: whole documents, what they leave of a row is padding without labels."""
     piece_length: int = Field(default=0, ge=0)
@@ -297,7 +298,61 @@ def check_config(config: Config) -> None:
     _check_validation(config)
     for number, stage in enumerate(config.stage):
         _check_stage(config, number, stage)
-        _check_mixture(f"stage.{number}", stage)
+        check_mixture(f"stage.{number}", stage.mixture, stage.seq_length)
+
+
+def check_mixture(where: str, mixture: Sequence[MixtureEntry], seq_length: int) -> list[int]:
+    """Check a stage's mixture and return the piece length of each entry, in tokens.
+
+    Args:
+        where: name of the stage in messages, as in `stage.0`.
+        mixture: the entries.
+        seq_length: tokens of a row.
+
+    Raises:
+        ConfigError: the shares do not add up to 1 within 1e-6 at the stage's start and end, a piece
+            length has no effect or does not divide seq_length, or entries of one prefix have two
+            packings, are concatenated or best-fit twice or cut twice to the same length.
+    """
+    is_constant = all(start == end for start, end in (e.share_ends for e in mixture))
+    for place, name in enumerate(("start", "end")):
+        total = sum(entry.share_ends[place] for entry in mixture)
+        if abs(total - 1.0) > 1e-6:
+            at = "" if is_constant else f" at the stage's {name}"
+            raise ConfigError(
+                f"{where}.mixture: the shares add up to {total:.6f}{at}; they must add up to 1: "
+                "change one of them"
+            )
+    piece_lengths: list[int] = []
+    seen: dict[str, list[tuple[str, int]]] = {}
+    for number, entry in enumerate(mixture):
+        name = f"{where}.mixture.{number}"
+        if entry.packing != "exact" and entry.piece_length:
+            raise ConfigError(
+                f"{name}.piece_length({entry.piece_length}) has no effect with packing "
+                f"{entry.packing}; remove it"
+            )
+        length = entry.piece_length or seq_length
+        if seq_length % length:
+            raise ConfigError(
+                f"{name}.piece_length({length}) must divide seq_length({seq_length}); change one "
+                "of them"
+            )
+        others = seen.setdefault(entry.prefix, [])
+        if others and others[0][0] != entry.packing:
+            raise ConfigError(
+                f"{name}.packing({entry.packing}): an entry before has prefix({entry.prefix}) with "
+                f"packing({others[0][0]}); all entries of one prefix in a stage share one packing: "
+                "change one of them"
+            )
+        if (entry.packing, length) in others:
+            raise ConfigError(
+                f"{name}: prefix({entry.prefix}) with packing({entry.packing}) and pieces of "
+                f"{length} tokens is given twice; add the shares into one entry"
+            )
+        others.append((entry.packing, length))
+        piece_lengths.append(length)
+    return piece_lengths
 
 
 def check_world(config: Config, world_size: int) -> int:
@@ -417,26 +472,3 @@ def _check_stage(config: Config, number: int, stage: StageConfig) -> None:
         raise ConfigError(f"{where}.min_lr({stage.min_lr}) is above lr({stage.lr}); lower it")
     if stage.schedule == "constant" and stage.min_lr:
         raise ConfigError(f"{where}.min_lr({stage.min_lr}) has no effect when constant; remove it")
-
-
-def _check_mixture(where: str, stage: StageConfig) -> None:
-    is_constant = all(start == end for start, end in (e.share_ends for e in stage.mixture))
-    for place, name in enumerate(("start", "end")):
-        total = sum(entry.share_ends[place] for entry in stage.mixture)
-        if abs(total - 1.0) > 1e-6:
-            at = "" if is_constant else f" at the stage's {name}"
-            raise ConfigError(
-                f"{where}.mixture: the shares add up to {total:.6f}{at}; they must add up to 1: "
-                "change one of them"
-            )
-    for number, entry in enumerate(stage.mixture):
-        name = f"{where}.mixture.{number}"
-        if entry.packing != "exact" and entry.piece_length:
-            raise ConfigError(
-                f"{name}.piece_length has no effect with packing {entry.packing}; remove it"
-            )
-        if entry.piece_length and stage.seq_length % entry.piece_length:
-            raise ConfigError(
-                f"{name}.piece_length({entry.piece_length}) must divide "
-                f"seq_length({stage.seq_length}); change one of them"
-            )

@@ -11,9 +11,15 @@ import pytest
 import sentencepiece
 import tokenizers
 
+from lclm.config import MixtureEntry
 from lclm.data.indexed import IndexedWriter
 
 WritePrefix = Callable[..., str]
+
+
+def mixture_entry(prefix: str, packing: str, piece_length: int, share: object) -> MixtureEntry:
+    """An entry of a mixture; a bad value is a ValueError of pydantic's."""
+    return MixtureEntry(prefix=prefix, packing=packing, piece_length=piece_length, share=share)
 
 
 @pytest.fixture(autouse=True)

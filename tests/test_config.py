@@ -103,7 +103,8 @@ MESSAGES = [
     ("stage.0.mixture.0.share=[0.4, 0.5]", "shares add up to 0.900000 at the stage's start; they"),
     ("stage.0.mixture.0.share=[0.5, 0.6]", "shares add up to 1.100000 at the stage's end; they"),
     ("validation.every_steps=5", "has no effect while validation.rows_per_domain is 0"),
-    ("stage.0.mixture.0.piece_length=8", "piece_length has no effect with packing concat"),
+    ("stage.0.mixture.0.piece_length=8", "0.piece_length(8) has no effect with packing concat"),
+    ("stage.0.mixture.1.prefix=a", "1.packing(exact): an entry before has prefix(a) with packing"),
     ("stage.0.mixture.1.piece_length=48", "piece_length(48) must divide seq_length(64)"),
 ]
 

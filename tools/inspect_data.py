@@ -5,13 +5,14 @@ import argparse
 import importlib
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
+from lclm.config import MixtureEntry, Packing
 from lclm.data.domain import Domain
 from lclm.data.indexed import IndexedReader, length_histogram
 from lclm.data.labels import IGNORED_LABEL, build_label_weights, build_labels
-from lclm.data.mixture import PACKINGS, MixtureEntry
 from lclm.data.remote import fetch_prefix
 from lclm.data.stage_rows import Row, StageRows
 from lclm.data.tokenizer import Tokenizer, load_tokenizer
@@ -49,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--verify", action="store_true", help="read everything and check it")
     add("--histogram", type=Path, metavar="PNG", help="draw the lengths (package matplotlib)")
     add("--seq-length", type=int, default=0, metavar="T", help="tokens of a row")
-    add("--packing", choices=PACKINGS, default="concat", help="default: %(default)s")
+    add("--packing", choices=get_args(Packing), default="concat", help="default: %(default)s")
     add("--row", type=int, metavar="N", help="decode this row")
     add("--tokenizer", metavar="PATH", help="to decode with")
     add("--seed", type=int, default=1234, help="of the run (default: %(default)s)")
@@ -100,7 +101,7 @@ def describe_packing(prefix: str, arguments: argparse.Namespace) -> str:
 
 def open_rows(prefix: str, arguments: argparse.Namespace, num_rows: int) -> StageRows:
     """The first rows of one epoch of a prefix."""
-    entry = MixtureEntry(prefix, arguments.packing, 0, 1.0)
+    entry = MixtureEntry(prefix=prefix, packing=arguments.packing, share=1.0)
     return StageRows([entry], arguments.seq_length, num_rows, arguments.seed)
 
 

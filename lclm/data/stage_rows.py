@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from lclm.config import MixtureEntry, check_mixture
 from lclm.data.domain import Cursor, Domain, seeded_order
 from lclm.data.indexed import IndexedReader
-from lclm.data.mixture import Entry, assign_rows, check_entries, share_ends
+from lclm.data.mixture import assign_rows
 from lclm.data.packing import (
     DomainRows,
     PackedRows,
@@ -88,7 +89,7 @@ class StageRows:
 
     def __init__(
         self,
-        entries: Sequence[Entry],
+        entries: Sequence[MixtureEntry],
         seq_length: int,
         num_rows: int,
         seed: int,
@@ -127,7 +128,7 @@ class StageRows:
         self.num_rows = num_rows
         self._vocab_size = vocab_size
         self._entries = list(entries)
-        self._piece_lengths = check_entries(self._entries, seq_length)
+        self._piece_lengths = check_mixture(where, self._entries, seq_length)
         self._domains = {
             prefix: Domain(prefix, seed, held_out_fraction)
             for prefix in dict.fromkeys(entry.prefix for entry in self._entries)
@@ -158,7 +159,7 @@ class StageRows:
 
     def _make_plan(self, seed: int, stage_index: int, max_epochs: int) -> Plan:
         """Pack every domain and shuffle the rows of every entry."""
-        entry_of_row = assign_rows([entry.share for entry in self._entries], self.num_rows)
+        entry_of_row = assign_rows([entry.share_ends for entry in self._entries], self.num_rows)
         counts = np.bincount(entry_of_row, minlength=len(self._entries)).tolist()
         row_in_entry = np.empty(self.num_rows, np.int64)
         arrays = {"entry_of_row": entry_of_row, "row_in_entry": row_in_entry}
@@ -241,7 +242,7 @@ class StageRows:
         for number, entry in enumerate(self._entries):
             pieces = f" of {self._piece_lengths[number]}" if entry.packing == "exact" else ""
             count = int(self._rows_per_entry[number])
-            ends = dict.fromkeys(share_ends(entry.share))
+            ends = dict.fromkeys(entry.share_ends)
             lines.append(
                 f"{entry.prefix}: share {' to '.join(f'{share:g}' for share in ends)}, "
                 f"{entry.packing}{pieces}, {count} rows, "

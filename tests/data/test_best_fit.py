@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from lclm.data.domain import Cursor
 from lclm.data.labels import build_label_weights, build_labels
-from lclm.data.mixture import MixtureEntry
 from lclm.data.packing_cache import hash_plan, load_or_make
 from lclm.data.stage_rows import StageRows
 from lclm_kernels.native import load_native, pack_best_fit, seeded_order
+from tests.data_fixtures import mixture_entry
 
 IMPLEMENTATIONS = ["reference"] + (["native"] if load_native() else [])
 both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -113,7 +113,7 @@ def test_bad_requests_are_refused(call, message):
 
 
 def stage(prefix, num_rows, cursors=None, **options):
-    entries = [MixtureEntry(prefix, "best-fit", 0, 1.0)]
+    entries = [mixture_entry(prefix, "best-fit", 0, 1.0)]
     return StageRows(entries, 16, num_rows, 5, cursors=cursors, **options)
 
 
@@ -199,10 +199,10 @@ def test_a_kept_plan_is_used_and_gives_the_same_rows(write_prefix, tmp_path, mon
         write_prefix("c", [99]),
     ]
     entries = [
-        MixtureEntry(prefixes[0], "best-fit", 0, 0.25),
-        MixtureEntry(prefixes[1], "exact", 16, 0.25),
-        MixtureEntry(prefixes[1], "exact", 8, 0.25),
-        MixtureEntry(prefixes[2], "concat", 0, 0.25),
+        mixture_entry(prefixes[0], "best-fit", 0, 0.25),
+        mixture_entry(prefixes[1], "exact", 16, 0.25),
+        mixture_entry(prefixes[1], "exact", 8, 0.25),
+        mixture_entry(prefixes[2], "concat", 0, 0.25),
     ]
     fresh = StageRows(entries, 16, 12, 1)
     made = StageRows(entries, 16, 12, 1, cache_dir=tmp_path / "plans")

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from lclm.config import MixtureEntry as ConfigEntry
-from lclm.data.mixture import MixtureEntry
 from lclm.data.stage_rows import HeldOutRows, StageRows
+from tests.data_fixtures import mixture_entry
 
 NUM_ROWS = 64
 ROW = 32
@@ -20,7 +19,7 @@ def prefixes(write_prefix):
 def build(prefixes, share=(0.25, 0.75), num_rows=NUM_ROWS, **options):
     long, short = prefixes
     rest = tuple(1 - end for end in share)
-    entries = [MixtureEntry(long, "exact", 0, share), MixtureEntry(short, "concat", 0, rest)]
+    entries = [mixture_entry(long, "exact", 0, share), mixture_entry(short, "concat", 0, rest)]
     return StageRows(entries, ROW, num_rows, **({"seed": 3, "max_epochs": 4} | options))
 
 
@@ -37,15 +36,6 @@ def test_the_ledger_follows_the_integral_of_the_share(prefixes):
         assert sum(tokens.values()) == num_rows * ROW
     assert stage.ledger(NUM_ROWS)[prefixes[0]] == NUM_ROWS * ROW / 2
     assert "share 0.25 to 0.75, exact of 32, 32 rows" in stage.summary()
-
-
-def test_configured_and_plain_entries_give_the_same_rows(prefixes):
-    entries = [
-        ConfigEntry(prefix=prefixes[0], packing="exact", share=[0.25, 0.75]),
-        ConfigEntry(prefix=prefixes[1], packing="concat", share=[0.75, 0.25]),
-    ]
-    configured = StageRows(entries, ROW, NUM_ROWS, 3, max_epochs=4)
-    assert rows_of(configured) == rows_of(build(prefixes))
 
 
 def test_the_next_stage_goes_on_where_all_rows_end(prefixes):

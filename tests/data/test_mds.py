@@ -11,10 +11,10 @@ import pytest
 
 from lclm.data.indexed import IndexedReader, IndexedWriter
 from lclm.data.mds import MdsReader
-from lclm.data.mixture import MixtureEntry
 from lclm.data.stage_rows import StageRows
 from lclm.data.tokenizer import load_tokenizer
 from lclm.prepare.retokenize import retokenize
+from tests.data_fixtures import mixture_entry
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARDS = Path(__file__).resolve().parent / "mds"
@@ -99,7 +99,7 @@ def test_spans_and_masks_reach_the_rows(tmp_path):
     reader = IndexedReader(prefix)
     assert reader.lengths.tolist() == [5, 7, 4, 16, 1, 9, 4]
     assert reader.read_weights(1, 2, 3).tolist() == [float(t % 3 > 0) for t in (7, 8, 9)]
-    rows = StageRows([MixtureEntry(prefix, "concat", 0, 1.0)], 23, 2, 1)
+    rows = StageRows([mixture_entry(prefix, "concat", 0, 1.0)], 23, 2, 1)
     for row in map(rows.row, range(2)):
         position = row.tokens % 1000  # tokens tell their place in the sample
         assert row.token_weights.tolist() == (position % 3 > 0).astype(float).tolist()
@@ -116,11 +116,11 @@ def test_conversations_stay_whole_in_best_fit(tmp_path, write_prefix):
     retokenize(str(SHARDS / "packed"), plain, Wide())
     for prefix in (first, second):
         # conversations of 5, 7, 4, 16, 1, 9 and 4 tokens: the one of 16 fits no row of 12
-        rows = StageRows([MixtureEntry(prefix, "best-fit", 0, 1.0)], 12, 3, 1)
+        rows = StageRows([mixture_entry(prefix, "best-fit", 0, 1.0)], 12, 3, 1)
         pieces = sorted(n for r in map(rows.row, range(3)) for n in r.doc_lengths[:-1].tolist())
         assert "1 conversations longer than a row left out" in rows.summary()
         assert all(n in (5, 7, 4, 1, 9) for n in pieces) and len(pieces) >= 3
-    rows = StageRows([MixtureEntry(plain, "best-fit", 0, 1.0)], 12, 3, 1)
+    rows = StageRows([mixture_entry(plain, "best-fit", 0, 1.0)], 12, 3, 1)
     assert "longer than a row left out" not in rows.summary()
 
 

@@ -10,9 +10,9 @@ import pytest
 
 from lclm.data import retry
 from lclm.data.indexed import IndexedReader
-from lclm.data.mixture import MixtureEntry
 from lclm.data.prefetch import Prefetcher
 from lclm.data.stage_rows import StageRows
+from tests.data_fixtures import mixture_entry
 
 
 def wait_for(condition):
@@ -114,7 +114,7 @@ def test_a_file_cut_short_under_way_is_named(write_prefix, flaky):
 def test_lengths_without_tokens(write_prefix):
     prefix = write_prefix("a", [7, 20, 3, 9, 30, 5])
     for packing in ("concat", "best-fit"):
-        rows = StageRows([MixtureEntry(prefix, packing, 0, 1.0)], 16, 4, 3)
+        rows = StageRows([mixture_entry(prefix, packing, 0, 1.0)], 16, 4, 3)
         for number in range(4):
             lengths = rows.doc_lengths(number)
             assert lengths.tolist() == rows.row(number).doc_lengths.tolist()

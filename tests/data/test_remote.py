@@ -19,9 +19,9 @@ from fsspec.registry import known_implementations
 
 from lclm.data import remote, retry
 from lclm.data.indexed import IndexedReader
-from lclm.data.mixture import MixtureEntry
 from lclm.data.remote import fetch_dataset, fetch_inputs, fetch_prefix
 from lclm.data.stage_rows import StageRows
+from tests.data_fixtures import mixture_entry
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARDS = Path(__file__).resolve().parent / "mds"
@@ -216,7 +216,7 @@ def test_a_prefix_that_is_not_there(server):
 def test_rows_of_a_remote_prefix_equal_those_of_the_local_one(server, write_prefix):
     prefix = write_prefix("served/books", [70, 5, 130, 33, 64, 9, 200, 41, 16, 90])
     stages = [
-        StageRows([MixtureEntry(name, "concat", 0, 1.0)], 32, 12, 1)
+        StageRows([mixture_entry(name, "concat", 0, 1.0)], 32, 12, 1)
         for name in (prefix, f"{server.url}/books")
     ]
     for number in range(12):

@@ -7,11 +7,10 @@ import time
 import numpy as np
 import pytest
 
-from lclm.config import MixtureEntry as ConfigEntry
 from lclm.data.domain import Cursor, Domain, seeded_order
 from lclm.data.indexed import IndexedReader, IndexedWriter
-from lclm.data.mixture import MixtureEntry
 from lclm.data.stage_rows import HeldOutRows, StageRows
+from tests.data_fixtures import mixture_entry
 
 LENGTHS = [70, 5, 130, 33, 64, 9, 200, 41, 16, 90]
 
@@ -61,14 +60,14 @@ def test_seeded_order_is_a_permutation_fixed_for_ever():
 def test_concat_uses_every_token_of_an_epoch_once(write_prefix):
     prefix = write_prefix("a", LENGTHS)
     num_rows = sum(LENGTHS) // 32
-    stage = build([MixtureEntry(prefix, "concat", 0, 1.0)], 32, num_rows)
+    stage = build([mixture_entry(prefix, "concat", 0, 1.0)], 32, num_rows)
     used = tokens_of(pieces_of(stage, prefix))
     assert len(used) == len(set(used)) == num_rows * 32
 
 
 def test_concat_keeps_document_order_of_the_epoch(write_prefix):
     prefix = write_prefix("a", LENGTHS)
-    stage = build([MixtureEntry(prefix, "concat", 0, 1.0)], 32, 20)
+    stage = build([mixture_entry(prefix, "concat", 0, 1.0)], 32, 20)
     domain = Domain(prefix, 1, 0.0)
     stream = np.concatenate([domain.reader.read(d) for d in domain.stream(0, len(LENGTHS))])
     expected = {stream[n * 32 : n * 32 + 32].tobytes() for n in range(20)}
@@ -81,7 +80,7 @@ def test_concat_keeps_document_order_of_the_epoch(write_prefix):
 def test_concat_wraps_into_the_next_epoch(write_prefix):
     prefix = write_prefix("a", LENGTHS)
     total = sum(LENGTHS)
-    stage = build([MixtureEntry(prefix, "concat", 0, 1.0)], 50, 3 * total // 50)
+    stage = build([mixture_entry(prefix, "concat", 0, 1.0)], 50, 3 * total // 50)
     counts = np.bincount(np.concatenate([stage.row(n).tokens for n in range(len(stage))]))[1:]
     assert counts.min() >= 2 and counts.max() <= 3
     # rows are shuffled within an epoch only: those that start in the first hold all of it
@@ -93,7 +92,7 @@ def test_concat_wraps_into_the_next_epoch(write_prefix):
 def test_epochs_are_reshuffled_and_not_mixed(write_prefix, packing):
     """Documents that each fill a row: every epoch is a permutation of them, each another one."""
     prefix = write_prefix("a", [16] * 30)
-    stage = build([MixtureEntry(prefix, packing, 0, 1.0)], 16, 90)
+    stage = build([mixture_entry(prefix, packing, 0, 1.0)], 16, 90)
     docs = [doc for doc, _, _ in pieces_of(stage, prefix)]
     epochs = [docs[:30], docs[30:60], docs[60:]]
     assert all(sorted(epoch) == list(range(30)) for epoch in epochs)
@@ -108,7 +107,7 @@ def test_epochs_are_reshuffled_and_not_mixed(write_prefix, packing):
 def test_exact_cuts_the_longest_target_first(write_prefix):
     lengths = LENGTHS * 2
     prefix = write_prefix("a", lengths)
-    entries = [MixtureEntry(prefix, "exact", 64, 0.5), MixtureEntry(prefix, "exact", 16, 0.5)]
+    entries = [mixture_entry(prefix, "exact", 64, 0.5), mixture_entry(prefix, "exact", 16, 0.5)]
     stage = build(entries, 64, 4)
     assert stage.next_cursors[prefix].ordinal <= len(lengths)
     pieces = pieces_of(stage, prefix)
@@ -128,9 +127,9 @@ def test_prolongs_second_stage(write_prefix):
     long = write_prefix("long", [8 * 32 + 37] * 40 + [70] * 40)
     short = write_prefix("short", [11, 30, 3] * 200)
     entries = [
-        MixtureEntry(long, "exact", 256, 0.15),
-        MixtureEntry(long, "exact", 32, 0.25),
-        MixtureEntry(short, "concat", 0, 0.6),
+        mixture_entry(long, "exact", 256, 0.15),
+        mixture_entry(long, "exact", 32, 0.25),
+        mixture_entry(short, "concat", 0, 0.6),
     ]
     stage = build(entries, 256, 40)
     kinds = {}
@@ -145,7 +144,7 @@ def test_prolongs_second_stage(write_prefix):
 
 def test_tails_and_unused_pieces_are_counted(write_prefix):
     prefix = write_prefix("a", [100] * 10)
-    stage = build([MixtureEntry(prefix, "exact", 32, 1.0)], 64, 4)
+    stage = build([mixture_entry(prefix, "exact", 32, 1.0)], 64, 4)
     # 8 pieces wanted, 3 of each document: 3 documents, 1 piece over, 3 tails of 4 tokens
     assert "12 tokens of tails dropped, 32 in pieces not needed" in stage.summary()
     assert stage.next_cursors == {prefix: Cursor(3, 0)}
@@ -153,7 +152,7 @@ def test_tails_and_unused_pieces_are_counted(write_prefix):
 
 def test_row_order_is_a_pure_function(write_prefix):
     a, b = write_prefix("a", LENGTHS), write_prefix("b", LENGTHS[::-1])
-    entries = [MixtureEntry(a, "concat", 0, 0.3), MixtureEntry(b, "exact", 16, 0.7)]
+    entries = [mixture_entry(a, "concat", 0, 0.3), mixture_entry(b, "exact", 16, 0.7)]
     digests = [digest_of(build(entries, 32, 12, seed=seed)) for seed in (1, 1, 2)]
     assert digests[0] == digests[1] != digests[2]
     stage = build(entries, 32, 12)
@@ -164,7 +163,7 @@ def test_row_order_is_a_pure_function(write_prefix):
 @pytest.mark.parametrize("packing", ["concat", "exact"])
 def test_stages_continue_where_the_one_before_stopped(write_prefix, packing):
     prefix = write_prefix("a", [37] * 60)
-    entries = [MixtureEntry(prefix, packing, 16 if packing == "exact" else 0, 1.0)]
+    entries = [mixture_entry(prefix, packing, 16 if packing == "exact" else 0, 1.0)]
     first = build(entries, 32, 13)
     second = build(entries, 32, 11, stage_index=1, cursors=first.next_cursors)
     pieces = [pieces_of(stage, prefix) for stage in (first, second)]
@@ -178,7 +177,7 @@ def test_stages_continue_where_the_one_before_stopped(write_prefix, packing):
 
 def test_cursors_survive_json_and_other_prefixes_keep_theirs(write_prefix):
     prefix = write_prefix("a", LENGTHS)
-    entries = [MixtureEntry(prefix, "concat", 0, 1.0)]
+    entries = [mixture_entry(prefix, "concat", 0, 1.0)]
     first = build(entries, 32, 5, cursors={"elsewhere": Cursor(7, 3)})
     restored = json.loads(json.dumps(first.next_cursors))
     second = build(entries, 32, 5, stage_index=1, cursors=restored)
@@ -189,10 +188,10 @@ def test_cursors_survive_json_and_other_prefixes_keep_theirs(write_prefix):
 
 def test_exact_after_concat_leaves_out_the_document_in_use(write_prefix):
     prefix = write_prefix("a", [64] * 20)
-    first = build([MixtureEntry(prefix, "concat", 0, 1.0)], 32, 3)
+    first = build([mixture_entry(prefix, "concat", 0, 1.0)], 32, 3)
     assert first.next_cursors[prefix] == Cursor(1, 32)
     second = build(
-        [MixtureEntry(prefix, "exact", 32, 1.0)],
+        [mixture_entry(prefix, "exact", 32, 1.0)],
         32, 4, stage_index=1, cursors=first.next_cursors,
     )  # fmt: skip
     assert second.next_cursors[prefix] == Cursor(4, 0)
@@ -203,7 +202,7 @@ def test_exact_after_concat_leaves_out_the_document_in_use(write_prefix):
 def test_held_out_documents_are_never_trained_on(write_prefix):
     prefix = write_prefix("a", [20] * 50)
     held = HeldOutRows(prefix, 16, 3, seed=1, held_out_fraction=0.1)
-    stage = build([MixtureEntry(prefix, "concat", 0, 1.0)], 16, 100, held_out_fraction=0.1)
+    stage = build([mixture_entry(prefix, "concat", 0, 1.0)], 16, 100, held_out_fraction=0.1)
     trained = {doc for doc, _, _ in pieces_of(stage, prefix)}
     apart = {doc for doc, _, _ in pieces_of(held, prefix)}
     assert len(trained) == 45 and apart and not trained & apart
@@ -236,12 +235,12 @@ def test_held_out_rows_need_documents(write_prefix):
 
 def test_domain_name_comes_from_the_metadata(write_prefix):
     prefix = write_prefix("a", [40] * 4, domain="books")
-    stage = build([ConfigEntry(prefix=prefix, packing="concat", share=1.0)], 8, 2)
+    stage = build([mixture_entry(prefix, "concat", 0, 1.0)], 8, 2)
     assert stage.row(0).domain == "books"
 
 
 def test_rows_outside_the_stage(write_prefix):
-    stage = build([MixtureEntry(write_prefix("a", [40]), "concat", 0, 1.0)], 8, 2)
+    stage = build([mixture_entry(write_prefix("a", [40]), "concat", 0, 1.0)], 8, 2)
     for number in (-1, 2):
         with pytest.raises(IndexError, match="of a stage of 2 rows"):
             stage.row(number)
@@ -256,7 +255,7 @@ def test_rows_outside_the_stage(write_prefix):
 )
 def test_too_few_tokens_is_an_error_before_training(write_prefix, packing, num_rows, numbers):
     prefix = write_prefix("a", [25] * 4)
-    entries = [MixtureEntry(prefix, packing, 0, 1.0)]
+    entries = [mixture_entry(prefix, packing, 0, 1.0)]
     assert len(build(entries, 10, num_rows - 1, max_epochs=2)) == num_rows - 1
     with pytest.raises(ValueError, match=rf"stage\.0: .*a {numbers}.*max_epochs"):
         build(entries, 10, num_rows, max_epochs=2)
@@ -265,7 +264,7 @@ def test_too_few_tokens_is_an_error_before_training(write_prefix, packing, num_r
 @pytest.mark.parametrize("packing", ["concat", "exact"])
 def test_max_epochs_counts_over_all_stages(write_prefix, packing):
     prefix = write_prefix("a", [20] * 5)
-    entries = [MixtureEntry(prefix, packing, 0, 1.0)]
+    entries = [mixture_entry(prefix, packing, 0, 1.0)]
     first = build(entries, 10, 10, max_epochs=1)
     with pytest.raises(ValueError, match=r"stage\.1: .* 0 (in 0 pieces )?are left of 1 epochs"):
         build(entries, 10, 1, stage_index=1, cursors=first.next_cursors, max_epochs=1)
@@ -274,12 +273,12 @@ def test_max_epochs_counts_over_all_stages(write_prefix, packing):
 def test_no_document_long_enough(write_prefix):
     prefix = write_prefix("a", [25] * 4)
     with pytest.raises(ValueError, match=r"no document that fills a piece of 32 .* has 25"):
-        build([MixtureEntry(prefix, "exact", 0, 1.0)], 32, 1)
+        build([mixture_entry(prefix, "exact", 0, 1.0)], 32, 1)
 
 
 def test_nothing_left_after_the_longer_pieces(write_prefix):
     prefix = write_prefix("a", [32] * 4)
-    entries = [MixtureEntry(prefix, "exact", 0, 0.5), MixtureEntry(prefix, "exact", 8, 0.5)]
+    entries = [mixture_entry(prefix, "exact", 0, 0.5), mixture_entry(prefix, "exact", 8, 0.5)]
     with pytest.raises(ValueError, match=r"piece of 8 tokens after pieces of \[32\] tokens"):
         build(entries, 32, 2)
 
@@ -288,19 +287,19 @@ def test_empty_domain(tmp_path):
     with IndexedWriter(tmp_path / "a", 10) as writer:
         writer.add_document([])
     with pytest.raises(ValueError, match="holds no document with tokens"):
-        build([MixtureEntry(str(tmp_path / "a"), "concat", 0, 1.0)], 8, 1)
+        build([mixture_entry(str(tmp_path / "a"), "concat", 0, 1.0)], 8, 1)
 
 
 @pytest.mark.parametrize(("num_rows", "seq_length"), [(0, 8), (3, 0)])
 def test_a_stage_has_rows(write_prefix, num_rows, seq_length):
     with pytest.raises(ValueError, match="both must be at least 1"):
-        build([MixtureEntry(write_prefix("a", [9]), "concat", 0, 1.0)], seq_length, num_rows)
+        build([mixture_entry(write_prefix("a", [9]), "concat", 0, 1.0)], seq_length, num_rows)
 
 
 def test_prefixes_of_different_tokenizers(write_prefix):
     a = write_prefix("a", [40] * 4, tokenizer={"sha256": "1" * 64})
     b = write_prefix("b", [40] * 4, tokenizer={"sha256": "2" * 64})
-    entries = [MixtureEntry(a, "concat", 0, 0.5), MixtureEntry(b, "concat", 0, 0.5)]
+    entries = [mixture_entry(a, "concat", 0, 0.5), mixture_entry(b, "concat", 0, 0.5)]
     with pytest.raises(ValueError, match="written with different tokenizers"):
         build(entries, 8, 2)
 
@@ -313,7 +312,7 @@ def test_a_million_documents_are_planned_in_a_second(tmp_path):
     tokens.write_bytes(bytes(2 * int(lengths.sum())))
     with open(tokens, "rb") as source, IndexedWriter(prefix, 300) as writer:
         writer.add_tokens(source, tokens.stat().st_size, lengths)
-    entries = [MixtureEntry(str(prefix), "concat", 0, 1.0)]
+    entries = [mixture_entry(str(prefix), "concat", 0, 1.0)]
     start = time.process_time()
     stage = build(entries, 1024, 25_000, held_out_fraction=0.01)
     assert time.process_time() - start < 3, "a second on a slow machine; three with a margin"

@@ -10,9 +10,9 @@ import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from lclm.config import MixtureEntry
 from lclm.data.indexed import IndexedReader
 from lclm.data.labels import build_label_weights, build_labels
-from lclm.data.mixture import MixtureEntry
 from lclm.data.stage_rows import StageRows
 from lclm.data.tokenizer import load_tokenizer
 from lclm.prepare.chat import ChatTemplate, check_messages
@@ -163,7 +163,9 @@ def test_from_lines_to_weighted_labels(folder, tmp_path):
     ids, targets = ChatTemplate("llama3", tokenizer).encode(TALK)
     assert IndexedReader(tmp_path / "sft").lengths.tolist() == [len(ids)] * 3
     length = 2 * len(ids) + 9
-    rows = StageRows([MixtureEntry(str(tmp_path / "sft"), "best-fit", 0, 1.0)], length, 1, 0)
+    rows = StageRows(
+        [MixtureEntry(prefix=str(tmp_path / "sft"), packing="best-fit", share=1.0)], length, 1, 0
+    )
     row = rows.row(0)
     assert row.doc_lengths.tolist() == [len(ids), len(ids), 9], "conversations are not cut"
     expected = np.where(np.array(targets) == 1, 1, 0.25)
