@@ -110,7 +110,7 @@ class Bench:
             shared = comm.shared if comm.name == "ulysses_ring" else 0
             config = build_config(row_length, size, comm.name, shared)
             context = build_context(config, mesh, self.cost.machine, [])
-            builders[comm] = MicroBatchBuilder(config, mesh, context, 1e6, True)
+            builders[comm] = MicroBatchBuilder(config, mesh, context, 1e6)
         seconds: dict[Comm, list[tuple[float, float]]] = {comm: [] for comm in predicted}
         for row in rows:
             for comm, build in builders.items():

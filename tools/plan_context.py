@@ -18,7 +18,7 @@ from lclm.context.plan.cost import CostModel, least_worst_share, predict, traffi
 from lclm.context.plan.layouts import RowPlan, candidate_plans, default_chunk, plan_row
 from lclm.context.plan.lengths import read_histogram
 from lclm.context.plan.rates import LINKS, RATES_NAME, published, read_machine
-from lclm.train.stages import attention_cost, plan_stages
+from lclm.train.stages import attention_cost, plan_stages, spread_rows
 
 EPILOG = """\
 The rows come from the data of a configuration (--config; every stage, rows spread over it) or from
@@ -102,10 +102,8 @@ def rows_of_config(options: argparse.Namespace) -> tuple[dict[str, list[np.ndarr
         options.cp = [config.parallel.cp]
     rows = {}
     for stage, planned in zip(config.stage, plan_stages(config)):
-        numbers = np.linspace(0, len(planned) - 1, min(options.rows, len(planned))).astype(int)
-        lengths = [planned.doc_lengths(number) for number in numbers.tolist()]
-        if not stage.document_mask:
-            lengths = [np.array([stage.seq_length])] * len(lengths)
+        numbers = spread_rows(len(planned), options.rows)
+        lengths = [planned.attention_lengths(number) for number in numbers]
         rows[f"stage {stage.name}, rows of {stage.seq_length}"] = lengths
     is_fp32 = config.train.dtype == "fp32" or config.train.device == "cpu"
     return rows, attention_cost(config, 4 if is_fp32 else 2, LINKS["nvlink"])

@@ -18,8 +18,8 @@ from lclm.config import Config
 from lclm.context.plan.layouts import RowPlan, build_row_plan
 from lclm.context.plan.rates import RATES_NAME, read_machine
 from lclm.data.stage_rows import Row
-from lclm.train.context_setup import choose_comm, spread_rows
-from lclm.train.stages import attention_cost, plan_stages
+from lclm.train.context_setup import choose_comm
+from lclm.train.stages import attention_cost, plan_stages, spread_rows
 
 COLORS = ["#3366aa", "#dd7733", "#449966", "#aa4477", "#777777", "#bbaa33", "#55aacc", "#884422"]
 BEFORE, AFTER = "#bbbbbb", "#3366aa"
@@ -133,11 +133,11 @@ def draw_layout(config: Config, path: Path) -> list[tuple[Row, RowPlan]]:
     rows, layout = plan_stages(config)[-1], config.parallel.cp_layout
     machine = read_machine(Path(config.run.dir) / RATES_NAME)
     cost = attention_cost(config, 4, machine)
-    comm = choose_comm(config, cost, [rows.doc_lengths(n) for n in spread_rows(len(rows))])
+    comm = choose_comm(config, cost, [rows.attention_lengths(n) for n in spread_rows(len(rows))])
     chosen = []
     for row in choose_rows(config):
-        lengths = row.doc_lengths if config.stage[-1].document_mask else [row.doc_lengths.sum()]
-        chosen.append((row, build_row_plan(layout, lengths, PROCESSES, None, cost, comm)))
+        plan = build_row_plan(layout, row.attention_lengths, PROCESSES, None, cost, comm)
+        chosen.append((row, plan))
     figure, panels = plt.subplots(
         len(chosen), 1, figsize=(11, 1.5 * len(chosen) + 0.6), squeeze=False
     )

@@ -1,10 +1,10 @@
-"""Row plans kept as memory-mapped files, keyed by a hash of all they follow from.
+"""Packings of stages kept as memory-mapped files, keyed by a hash of all they follow from.
 
     <folder>/<key>/NAME.npy    one array each
     <folder>/<key>/facts.json  the small numbers
     <folder>/<key>.lock        held by the process that makes them
 
-A plan is made by the first process that asks, beside, and gets its name in one step; the others
+A packing is made by the first process that asks, beside, and gets its name in one step; the others
 wait and map the same pages.
 """
 
@@ -23,29 +23,27 @@ import numpy as np
 
 from lclm.data.indexed import temporary_name
 
-__all__ = ["Plan", "hash_plan", "load_or_make"]
-
 FACTS = "facts.json"
-_LOG = logging.getLogger("lclm.data")
+logger = logging.getLogger(__name__)
 
-Plan = tuple[Mapping[str, np.ndarray], dict[str, Any]]  # arrays by name, facts for JSON
+Packing = tuple[Mapping[str, np.ndarray], dict[str, Any]]  # arrays by name, facts for JSON
 
 
-def hash_plan(inputs: object) -> str:
-    """Key of a plan: SHA-256 of its inputs as JSON, 32 hex digits."""
+def hash_packing(inputs: object) -> str:
+    """Key of a packing: SHA-256 of its inputs as JSON, 32 hex digits."""
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def load_or_make(folder: Path | None, key: str, make: Callable[[], Plan]) -> Plan:
-    """The plan of this key, made by `make` where it is not there yet.
+def load_or_make(folder: Path | None, key: str, make: Callable[[], Packing]) -> Packing:
+    """The packing of this key, made by `make` where it is not there yet.
 
     Args:
         folder: of the cache; None: nothing is kept.
-        key: from `hash_plan`.
+        key: from `hash_packing`.
         make: gives the arrays, names being file names, and facts; what it raises goes on.
 
     Raises:
-        ValueError: a kept plan is damaged.
+        ValueError: a kept packing is damaged.
     """
     if folder is None:
         return make()
@@ -63,8 +61,8 @@ def load_or_make(folder: Path | None, key: str, make: Callable[[], Plan]) -> Pla
             name: _map(target / f"{name}.npy", size) for name, size in facts["arrays"].items()
         }
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{target}: is damaged ({error}); delete it to plan again") from error
-    _LOG.debug("rows: plan %s mapped in %.3f s", key, time.perf_counter() - start)
+        raise ValueError(f"{target}: is damaged ({error}); delete it to pack again") from error
+    logger.debug("rows: packing %s mapped in %.3f s", key, time.perf_counter() - start)
     return arrays, facts["facts"]
 
 

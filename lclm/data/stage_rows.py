@@ -22,7 +22,7 @@ from lclm.data.packing import (
     build_concat_rows,
     build_exact_rows,
 )
-from lclm.data.packing_cache import Plan, hash_plan, load_or_make
+from lclm.data.packing_cache import Packing, hash_packing, load_or_make
 from lclm_kernels.native import pack_concat
 
 __all__ = ["Cursor", "HeldOutRows", "Row", "StageRows", "check_same_tokenizer"]
@@ -36,15 +36,40 @@ class Row:
     doc_lengths: np.ndarray  # int64, tokens of each piece, adding up to T; padding is the last one
     domain: str
     token_weights: np.ndarray | None = None  # float32 [T], of each token as a target; None: all 1
+    document_mask: bool = True  # of the stage
+
+    def __post_init__(self) -> None:
+        """Raise ValueError unless doc_lengths cut the row into pieces; nothing later checks it."""
+        lengths = self.doc_lengths
+        if len(lengths) == 0 or lengths.sum() != len(self.tokens) or lengths.min() < 1:
+            raise ValueError(
+                f"row: pieces of {lengths.tolist()[:8]} tokens must be positive and add up to the "
+                f"row's {len(self.tokens)}; write the domain again"
+            )
+
+    @property
+    def attention_lengths(self) -> np.ndarray:
+        """int64, tokens of each document as attention and positions see the row."""
+        return _attention_lengths(self.doc_lengths, self.document_mask)
 
 
-PLAN_VERSION = 2  # raised when the same inputs give other rows
-PLAN_FIELDS = ("row_start", "doc", "offset", "length")  # of PackedRows
+PACKING_VERSION = 2  # raised when the same inputs give other rows
+PACKED_FIELDS = ("row_start", "doc", "offset", "length")  # of PackedRows
 PADDING_TOKEN = 0  # never a target, never seen from another piece
 
 
+def _attention_lengths(doc_lengths: np.ndarray, document_mask: bool) -> np.ndarray:
+    """The documents that attention stays within: the whole row is one without the mask."""
+    return doc_lengths if document_mask else doc_lengths.sum(keepdims=True)
+
+
 def _read_row(
-    domain: Domain, rows: PackedRows, number: int, seq_length: int, vocab_size: int | None
+    domain: Domain,
+    rows: PackedRows,
+    number: int,
+    seq_length: int,
+    vocab_size: int | None,
+    document_mask: bool,
 ) -> Row:
     first, last = rows.row_start[number : number + 2].tolist()
     doc_lengths = rows.length[first:last].astype(np.int64)
@@ -69,7 +94,8 @@ def _read_row(
         if weights is not None and domain.reader.has_weights:
             weights[at : at + length] = domain.reader.read_weights(doc, offset, length)
         at += length
-    return Row(tokens, _padded_lengths(doc_lengths, seq_length), domain.name, weights)
+    lengths = _padded_lengths(doc_lengths, seq_length)
+    return Row(tokens, lengths, domain.name, weights, document_mask)
 
 
 def _padded_lengths(lengths: np.ndarray, seq_length: int) -> np.ndarray:
@@ -99,8 +125,9 @@ class StageRows:
         max_epochs: int = 1,
         cache_dir: Path | None = None,
         vocab_size: int | None = None,
+        document_mask: bool = True,
     ) -> None:
-        """Plan the stage.
+        """Pack the stage.
 
         Args:
             entries: the mixture; shares of tokens, at the start and at the end, add up to 1.
@@ -112,8 +139,9 @@ class StageRows:
                 as they come from JSON will do.
             held_out_fraction: of each domain's documents, never trained on.
             max_epochs: passes over one domain allowed, all stages together.
-            cache_dir: folder where plans are kept (see `plan_cache`); None: none are.
+            cache_dir: folder where packings are kept (see `packing_cache`); None: none are.
             vocab_size: of the model; reading a row with other ids is a ValueError. None: no limit.
+            document_mask: whether attention and positions stay within a document; labels always do.
 
         Raises:
             ValueError: a rule of the mixture is broken, files cannot be read or come from different
@@ -126,7 +154,7 @@ class StageRows:
             )
         self.seq_length = seq_length
         self.num_rows = num_rows
-        self._vocab_size = vocab_size
+        self._vocab_size, self._document_mask = vocab_size, document_mask
         self._entries = list(entries)
         self._piece_lengths = check_mixture(where, self._entries, seq_length)
         self._domains = {
@@ -136,7 +164,14 @@ class StageRows:
         check_same_tokenizer([domain.reader for domain in self._domains.values()])
         self.next_cursors = {key: Cursor(*at) for key, at in (cursors or {}).items()}
         self._first_cursors = {p: self.next_cursors.get(p, Cursor()) for p in self._domains}
-        inputs: list[object] = [PLAN_VERSION, seq_length, num_rows, seed, stage_index, max_epochs]
+        inputs: list[object] = [
+            PACKING_VERSION,
+            seq_length,
+            num_rows,
+            seed,
+            stage_index,
+            max_epochs,
+        ]
         inputs += [
             [self._domains[e.prefix].key, self._domains[e.prefix].num_held_out,
              self._domains[e.prefix].is_chat, e.packing, length, e.share,
@@ -144,12 +179,12 @@ class StageRows:
             for e, length in zip(self._entries, self._piece_lengths)
         ]  # fmt: skip
         arrays, facts = load_or_make(
-            cache_dir, hash_plan(inputs), lambda: self._make_plan(seed, stage_index, max_epochs)
+            cache_dir, hash_packing(inputs), lambda: self._pack_stage(seed, stage_index, max_epochs)
         )
         self._entry_of_row = arrays["entry_of_row"]
         self._row_in_entry = arrays["row_in_entry"]
         self._rows = [
-            PackedRows(*(arrays[f"{name}_{number}"] for name in PLAN_FIELDS))
+            PackedRows(*(arrays[f"{name}_{number}"] for name in PACKED_FIELDS))
             for number in range(len(self._entries))
         ]
         self._rows_per_entry = np.bincount(self._entry_of_row, minlength=len(self._entries))
@@ -157,7 +192,7 @@ class StageRows:
         for prefix, fact in self._facts.items():
             self.next_cursors[prefix] = Cursor(*fact["next_cursor"])
 
-    def _make_plan(self, seed: int, stage_index: int, max_epochs: int) -> Plan:
+    def _pack_stage(self, seed: int, stage_index: int, max_epochs: int) -> Packing:
         """Pack every domain and shuffle the rows of every entry."""
         entry_of_row = assign_rows([entry.share_ends for entry in self._entries], self.num_rows)
         counts = np.bincount(entry_of_row, minlength=len(self._entries)).tolist()
@@ -168,7 +203,7 @@ class StageRows:
             mine = [n for n, entry in enumerate(self._entries) if entry.prefix == prefix]
             part = self._pack(domain, mine, counts, max_epochs, f"stage.{stage_index}")
             for number, rows, epoch in zip(mine, part.rows, part.epochs):
-                for name in PLAN_FIELDS:
+                for name in PACKED_FIELDS:
                     arrays[f"{name}_{number}"] = getattr(rows, name)
                 # which row of its entry each row of the stage is: epoch by epoch, shuffled within
                 shuffled = seeded_order(len(rows), "rows", seed, stage_index, number)
@@ -218,15 +253,16 @@ class StageRows:
         entry = int(self._entry_of_row[number])
         domain = self._domains[self._entries[entry].prefix]
         row_in_entry = int(self._row_in_entry[number])
-        rows = self._rows[entry]
-        return _read_row(domain, rows, row_in_entry, self.seq_length, self._vocab_size)
+        settings = (self.seq_length, self._vocab_size, self._document_mask)
+        return _read_row(domain, self._rows[entry], row_in_entry, *settings)
 
-    def doc_lengths(self, number: int) -> np.ndarray:
-        """int64, `doc_lengths` of row `number` without reading its tokens."""
+    def attention_lengths(self, number: int) -> np.ndarray:
+        """int64, `attention_lengths` of row `number` without reading its tokens."""
         entry = int(self._entry_of_row[number])
         rows, at = self._rows[entry], int(self._row_in_entry[number])
         first, last = rows.row_start[at : at + 2].tolist()
-        return _padded_lengths(rows.length[first:last], self.seq_length)
+        lengths = _padded_lengths(rows.length[first:last], self.seq_length)
+        return _attention_lengths(lengths, self._document_mask)
 
     def ledger(self, num_rows: int) -> dict[str, int]:
         """Tokens of each prefix in the first num_rows rows of the stage."""
@@ -282,14 +318,15 @@ class HeldOutRows:
         seed: int,
         held_out_fraction: float,
         vocab_size: int | None = None,
+        document_mask: bool = True,
     ) -> None:
-        """Plan the rows; vocab_size as for `StageRows`.
+        """Pack the rows; vocab_size and document_mask as for `StageRows`.
 
         Raises:
             ValueError: no documents are held out, or num_rows is less than 1.
         """
         self._domain = Domain(prefix, seed, held_out_fraction)
-        self._vocab_size = vocab_size
+        self._vocab_size, self._document_mask = vocab_size, document_mask
         docs = self._domain.held_out_docs
         if len(docs) == 0 or num_rows < 1:
             raise ValueError(
@@ -314,7 +351,8 @@ class HeldOutRows:
         """Row `number`, 0 <= number < num_rows; raises as `StageRows.row`."""
         if not 0 <= number < self.num_rows:
             raise IndexError(f"row {number} of {self.num_rows} validation rows")
-        return _read_row(self._domain, self._rows, number, self.seq_length, self._vocab_size)
+        settings = (self.seq_length, self._vocab_size, self._document_mask)
+        return _read_row(self._domain, self._rows, number, *settings)
 
 
 def check_same_tokenizer(readers: Sequence[IndexedReader]) -> None:

@@ -25,13 +25,6 @@ from lclm.train.stages import attention_cost
 
 logger = logging.getLogger(__name__)
 
-NUM_ROWS_COMPARED = 8
-
-
-def spread_rows(num_rows: int) -> list[int]:
-    """Numbers of some rows of a stage, from its first to its last, by which "auto" decides."""
-    return np.linspace(0, num_rows - 1, min(NUM_ROWS_COMPARED, num_rows)).astype(int).tolist()
-
 
 def find_machine(config: Config, mesh: Mesh) -> Machine:
     """What this run's ranks do, equal on all of them: as the run folder says, or measured now.

@@ -1,7 +1,5 @@
 """The run: stages, steps, validation, checkpoints. Reads as the story of a training run."""
 
-from __future__ import annotations
-
 import logging
 import platform
 import subprocess
@@ -11,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -25,7 +22,7 @@ from lclm.data.stage_rows import StageRows
 from lclm.mesh import Mesh
 from lclm.model.build import build_model, init_weights
 from lclm.optim import learning_rate, reset_state, set_learning_rate
-from lclm.train.context_setup import build_context, find_machine, spread_rows
+from lclm.train.context_setup import build_context, find_machine
 from lclm.train.flops import peak_flops, row_flops
 from lclm.train.metrics import RunLog
 from lclm.train.micro_batch import (
@@ -34,7 +31,7 @@ from lclm.train.micro_batch import (
     deal_rows,
     iterate_global_batch,
 )
-from lclm.train.stages import domain_names, find_position, plan_validation
+from lclm.train.stages import domain_names, find_position, plan_validation, spread_rows
 from lclm.train.start import Start, model_fields
 from lclm.train.step import Engine, StepResult
 
@@ -94,11 +91,10 @@ class Run:
         """Train from the current step to the end of stage `number`, or of the run."""
         stage = self.config.stage[number]
         position = find_position(self.config, self.step)
-        rows = [self._doc_lengths(number, row) for row in spread_rows(stage.num_rows)]
+        planned = self.planned[number]
+        rows = [planned.attention_lengths(row) for row in spread_rows(stage.num_rows)]
         context = build_context(self.config, self.mesh, self.machine, rows)
-        build = MicroBatchBuilder(
-            self.config, self.mesh, context, stage.rope_base, stage.document_mask
-        )
+        build = MicroBatchBuilder(self.config, self.mesh, context, stage.rope_base)
         if position.stage_step == 0:
             logger.info(
                 "stage %d %s: %d steps of %d rows of %d tokens, RoPE base %g",
@@ -198,14 +194,7 @@ class Run:
 
     def _row_flops(self, number: int, row: int) -> float:
         """Model FLOPs of a row of stage `number`."""
-        return row_flops(self.config.model, self._doc_lengths(number, row))
-
-    def _doc_lengths(self, number: int, row: int) -> np.ndarray:
-        """Documents of a row of stage `number`, one where the stage has no document mask."""
-        stage = self.config.stage[number]
-        if stage.document_mask:
-            return self.planned[number].doc_lengths(row)
-        return np.array([stage.seq_length])
+        return row_flops(self.config.model, self.planned[number].attention_lengths(row))
 
     def _maybe_validate(self, number: int, build: MicroBatchBuilder, is_last: bool) -> None:
         every = self.config.validation.every_steps

@@ -1,7 +1,5 @@
 """From a row of documents to what one rank computes on: its tokens, labels and row context."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,13 +9,11 @@ import torch
 from lclm.config import Config
 from lclm.context.parallel import ContextParallel
 from lclm.context.plan.layouts import RowPlan
-from lclm.data.labels import build_label_weights, build_labels
+from lclm.data.labels import IGNORED_LABEL, build_label_weights, build_labels
 from lclm.data.stage_rows import Row
 from lclm.mesh import Mesh
 from lclm.model.row import RowContext
 from lclm_kernels.rope import SCALING_KEYS, build_rope_table
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -36,7 +32,7 @@ class MicroBatch:
     """Name of the domain that the row was drawn from."""
     row: RowContext
 
-    def to(self, device: torch.device) -> MicroBatch:
+    def to(self, device: torch.device) -> "MicroBatch":
         """The same on a device. From pinned memory copies queue up like kernels: none waits."""
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
@@ -53,7 +49,7 @@ class MicroBatch:
 
 
 class MicroBatchBuilder:
-    """Builds micro-batches for one rank of a mesh, at one RoPE base and mask setting."""
+    """Builds micro-batches for one rank of a mesh, at one RoPE base."""
 
     def __init__(
         self,
@@ -61,7 +57,6 @@ class MicroBatchBuilder:
         mesh: Mesh,
         context: ContextParallel,
         rope_base: float,
-        document_mask: bool,
     ) -> None:
         scaling = config.model.rope_scaling
         self._scaling = None
@@ -70,7 +65,6 @@ class MicroBatchBuilder:
         self._head_size = config.model.head_size
         self._mesh, self._context = mesh, context
         self._rope_base = rope_base
-        self._document_mask = document_mask
 
     def __call__(self, row: Row, is_counted: bool = True) -> MicroBatch:
         """The micro-batch of a row on this rank's device; see `prepare`."""
@@ -87,9 +81,8 @@ class MicroBatchBuilder:
         if row.token_weights is not None:
             weights = build_label_weights(row.token_weights, row.doc_lengths, labels)
         if not is_counted:
-            labels[:] = IGNORED
-        doc_lengths = row.doc_lengths if self._document_mask else np.array([len(row.tokens)])
-        plan = self._context.plan(doc_lengths)
+            labels[:] = IGNORED_LABEL
+        plan = self._context.plan(row.attention_lengths)
         positions = plan.positions(self._mesh.cp_rank)
         local_labels = labels[positions]
         return MicroBatch(
@@ -98,7 +91,7 @@ class MicroBatchBuilder:
             label_weights_T=(
                 None if weights is None else self._pin(torch.from_numpy(weights[positions]))
             ),
-            num_labels=int((local_labels != IGNORED).sum()),
+            num_labels=int((local_labels != IGNORED_LABEL).sum()),
             domain=row.domain,
             row=self._row_context(plan, positions),
         )
@@ -107,8 +100,7 @@ class MicroBatchBuilder:
         return tensor.pin_memory() if self._mesh.device.type == "cuda" else tensor
 
     def _row_context(self, plan: RowPlan, positions: np.ndarray) -> RowContext:
-        starts = np.concatenate([[0], np.cumsum(plan.doc_lengths)[:-1]])
-        in_document = positions - starts[np.searchsorted(starts, positions, side="right") - 1]
+        in_document = positions - plan.first_visible(positions)
         cos, sin = build_rope_table(
             torch.from_numpy(in_document), self._head_size, self._rope_base, self._scaling
         )

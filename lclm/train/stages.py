@@ -1,16 +1,18 @@
 """Where a run stands in its list of stages, and the numbers that follow from a configuration."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from lclm.config import Config, check_world
 from lclm.context.plan.cost import CostModel
 from lclm.context.plan.rates import Machine
 from lclm.data.remote import is_remote
 from lclm.data.stage_rows import HeldOutRows, StageRows
+
+NUM_ROWS_COMPARED = 8  # rows of a stage by which "auto" decides how keys travel
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def plan_stages(config: Config, cache_dir: Path | None = None) -> list[StageRows
 
     Args:
         config: a checked configuration.
-        cache_dir: where plans are kept for the next start; None: nowhere.
+        cache_dir: where packings are kept for the next start; None: nowhere.
 
     Raises:
         ValueError: if files are missing or a domain is too small for its share; before training.
@@ -65,9 +67,15 @@ def plan_stages(config: Config, cache_dir: Path | None = None) -> list[StageRows
                 max_epochs=config.data.max_epochs,
                 cache_dir=cache_dir,
                 vocab_size=config.model.vocab_size,
+                document_mask=stage.document_mask,
             )
         )
     return planned
+
+
+def spread_rows(num_rows: int, count: int = NUM_ROWS_COMPARED) -> list[int]:
+    """Numbers of up to `count` rows of a stage, from its first to its last."""
+    return np.linspace(0, num_rows - 1, min(count, num_rows)).astype(int).tolist()
 
 
 def plan_validation(config: Config) -> list[list[HeldOutRows]]:
@@ -88,6 +96,7 @@ def plan_validation(config: Config) -> list[list[HeldOutRows]]:
                 config.seed,
                 config.data.held_out_fraction,
                 config.model.vocab_size,
+                stage.document_mask,
             )
             for prefix in dict.fromkeys(entry.prefix for entry in stage.mixture)
         ]

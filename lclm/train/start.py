@@ -1,7 +1,5 @@
 """What a run starts from. Refuses what cannot be run before anything is computed or written."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass
 from pathlib import Path

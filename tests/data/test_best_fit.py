@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lclm.data.domain import Cursor
 from lclm.data.labels import build_label_weights, build_labels
-from lclm.data.packing_cache import hash_plan, load_or_make
+from lclm.data.packing_cache import hash_packing, load_or_make
 from lclm.data.stage_rows import StageRows
 from lclm_kernels.native import load_native, pack_best_fit, seeded_order
 from tests.data_fixtures import mixture_entry
@@ -206,7 +206,7 @@ def test_a_kept_plan_is_used_and_gives_the_same_rows(write_prefix, tmp_path, mon
     ]
     fresh = StageRows(entries, 16, 12, 1)
     made = StageRows(entries, 16, 12, 1, cache_dir=tmp_path / "plans")
-    monkeypatch.setattr(StageRows, "_make_plan", lambda *_: pytest.fail("planned again"))
+    monkeypatch.setattr(StageRows, "_pack_stage", lambda *_: pytest.fail("packed again"))
     kept = StageRows(entries, 16, 12, 1, cache_dir=tmp_path / "plans")
     assert rows_of(fresh) == rows_of(made) == rows_of(kept)
     assert fresh.next_cursors == made.next_cursors == kept.next_cursors
@@ -254,4 +254,4 @@ def test_a_plan_that_fails_leaves_nothing_and_a_damaged_one_is_named(tmp_path):
         load_or_make(tmp_path, "key", fail)
     shutil.rmtree(tmp_path / "key")
     load_or_make(tmp_path, "key", lambda: ({"a": np.arange(5)}, {}))
-    assert hash_plan([1, 2]) != hash_plan([1, 3])
+    assert hash_packing([1, 2]) != hash_packing([1, 3])

@@ -54,7 +54,7 @@ def test_plans_are_kept_by_both_ends(prefixes, tmp_path, monkeypatch):
     assert len({tuple(rows) for rows in fresh}) == 3
     for share in shares:
         build(prefixes, share, cache_dir=tmp_path)
-    monkeypatch.setattr(StageRows, "_make_plan", lambda *_: pytest.fail("planned again"))
+    monkeypatch.setattr(StageRows, "_pack_stage", lambda *_: pytest.fail("packed again"))
     assert [rows_of(build(prefixes, share, cache_dir=tmp_path)) for share in shares] == fresh
 
 

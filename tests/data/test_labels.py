@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from lclm.data.labels import build_labels
+from lclm.data.stage_rows import Row
 
 
 def test_labels_by_hand():
@@ -20,4 +21,4 @@ def test_one_piece_labels_all_but_the_last():
 @pytest.mark.parametrize("doc_lengths", [[2, 1], [], [4, 0], [5, -1]])
 def test_pieces_that_do_not_fill_the_row(doc_lengths):
     with pytest.raises(ValueError, match="add up to the row's 4"):
-        build_labels(np.arange(4), np.array(doc_lengths, np.int64))
+        Row(np.arange(4), np.array(doc_lengths, np.int64), "a")

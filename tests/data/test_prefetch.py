@@ -116,6 +116,6 @@ def test_lengths_without_tokens(write_prefix):
     for packing in ("concat", "best-fit"):
         rows = StageRows([mixture_entry(prefix, packing, 0, 1.0)], 16, 4, 3)
         for number in range(4):
-            lengths = rows.doc_lengths(number)
+            lengths = rows.attention_lengths(number)
             assert lengths.tolist() == rows.row(number).doc_lengths.tolist()
             assert lengths.dtype == np.int64

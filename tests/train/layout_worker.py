@@ -53,10 +53,13 @@ def train_steps(
     engine = Engine(config, mesh, model, ["a"])
     stage = config.stage[0]
     context = build_context(config, mesh, LINKS["nvlink"], [make_row(0)[1], make_row(1)[1]])
-    build = MicroBatchBuilder(config, mesh, context, stage.rope_base, stage.document_mask)
+    build = MicroBatchBuilder(config, mesh, context, stage.rope_base)
     results = []
     for step in range(num_steps):
-        rows = [Row(*make_row(step * ROWS_PER_STEP + n), domain="a") for n in range(ROWS_PER_STEP)]
+        rows = [
+            Row(*make_row(step * ROWS_PER_STEP + n), "a", document_mask=stage.document_mask)
+            for n in range(ROWS_PER_STEP)
+        ]
         if not is_in_order:
             dealt = deal_rows([float((row.doc_lengths**2).sum()) for row in rows], mesh.dp_size)
             mine = dealt[mesh.dp_rank]

@@ -13,8 +13,8 @@ import pytest
 
 from lclm.context.plan.comm import Comm
 from lclm.context.plan.rates import LINKS, Rate
-from lclm.train.context_setup import choose_comm, read_rates, spread_rows
-from lclm.train.stages import attention_cost
+from lclm.train.context_setup import choose_comm, read_rates
+from lclm.train.stages import attention_cost, spread_rows
 from tests.train.tiny import tiny_config
 
 ROWS = [np.array([40, 24]), np.array([64])]

@@ -44,7 +44,7 @@ def load_and_run(folder: Path, tokens: np.ndarray, changes: dict[str, Any]) -> n
     fields = config.model.model_dump(exclude={"init_from"})
     info = store.load(folder, fields, mesh, model, None)
     context = build_context(config, mesh, LINKS["nvlink"], [])
-    batch = MicroBatchBuilder(config, mesh, context, info.rope_base, True)(
+    batch = MicroBatchBuilder(config, mesh, context, info.rope_base)(
         Row(tokens, np.array([SEQ_LENGTH]), "a")
     )
     with torch.no_grad():
@@ -71,7 +71,7 @@ def save_and_run(folder: Path, tokens: np.ndarray, changes: dict[str, Any]) -> n
     init_weights(model, config, mesh)
     engine = Engine(config, mesh, model, ["a"])
     context = build_context(config, mesh, LINKS["nvlink"], [])
-    batch = MicroBatchBuilder(config, mesh, context, ROPE_BASE, True)(
+    batch = MicroBatchBuilder(config, mesh, context, ROPE_BASE)(
         Row(tokens, np.array([SEQ_LENGTH]), "a")
     )
     info = CheckpointInfo(

@@ -28,7 +28,7 @@ def losses_by_weights() -> dict[str, tuple[float, int, np.ndarray]]:
     model = build_model(config, mesh)
     init_weights(model, config, mesh)
     context = build_context(config, mesh, LINKS["nvlink"], [])
-    build = MicroBatchBuilder(config, mesh, context, 1e4, True)
+    build = MicroBatchBuilder(config, mesh, context, 1e4)
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, VOCAB_SIZE, 64)
     target = (rng.random(64) < 0.4).astype(np.float32)

@@ -22,7 +22,7 @@ def prepare(device: str) -> MicroBatch:
     group = SimpleNamespace(size=lambda: 1)
     context = ContextParallel("auto", GATHER, CostModel(), group, torch.device("cpu"))
     mesh = SimpleNamespace(cp_size=1, cp_rank=0, device=where)
-    build = MicroBatchBuilder(tiny_config("unused"), mesh, context, 1e4, True)
+    build = MicroBatchBuilder(tiny_config("unused"), mesh, context, 1e4)
     weights = np.array([1, 0.5, 1, 1, 0, 1, 1, 0.25], np.float32)
     return build.prepare(Row(np.arange(8), np.array([5, 3]), "a", weights))
 

@@ -27,11 +27,11 @@ def packed_and_separate(document_mask: bool) -> dict[str, tuple[float, dict[str,
     model = build_model(config, mesh)
     init_weights(model, config, mesh)
     context = build_context(config, mesh, LINKS["nvlink"], [])
-    build = MicroBatchBuilder(config, mesh, context, 1e4, document_mask)
+    build = MicroBatchBuilder(config, mesh, context, 1e4)
     tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, sum(DOC_LENGTHS))
     pieces = np.split(tokens, np.cumsum(DOC_LENGTHS)[:-1])
     rows = {
-        "packed": [Row(tokens, np.array(DOC_LENGTHS), "a")],
+        "packed": [Row(tokens, np.array(DOC_LENGTHS), "a", document_mask=document_mask)],
         "separate": [Row(piece, np.array([len(piece)]), "a") for piece in pieces],
     }
     results = {}

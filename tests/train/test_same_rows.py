@@ -119,7 +119,7 @@ def read_rank(
         position = find_position(config, step)
         stage = config.stage[position.stage]
         context = context_of(config.parallel.cp_layout, mesh.cp_size)
-        builder = Recorder(config, mesh, context, stage.rope_base, stage.document_mask)
+        builder = Recorder(config, mesh, context, stage.rope_base)
         steps = range(position.stage_step, stage.num_steps)
         items = list(run._micro_batches(position.stage, steps, builder))
         per_step = stage.rows_per_step // mesh.dp_size
@@ -180,7 +180,7 @@ def expected(config: Config) -> Hashes:
     """Straight from the planned rows, row by row."""
     hashes, step = {}, 0
     one = SimpleNamespace(cp_size=1, cp_rank=0, device=torch.device("cpu"))
-    builder = MicroBatchBuilder(config, one, context_of("auto", 1), 1e4, True)
+    builder = MicroBatchBuilder(config, one, context_of("auto", 1), 1e4)
     for rows in plan_stages(config):
         for first in range(0, len(rows), ROWS):
             every = [rows.row(number) for number in range(first, first + ROWS)]
