@@ -3,8 +3,6 @@
 An unknown field is an error that suggests the nearest name.
 """
 
-from __future__ import annotations
-
 import difflib
 import tomllib
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Every rule of the configuration, by the message a user gets."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

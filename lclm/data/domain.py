@@ -15,8 +15,6 @@ from lclm.data.indexed import IndexedReader
 from lclm.data.remote import fetch_prefix
 from lclm_kernels.native import seeded_order as sort_by_key
 
-__all__ = ["Cursor", "Domain", "seeded_order"]
-
 
 class Cursor(NamedTuple):
     """Where a stage starts in a domain: the first document not used up, and tokens used of it."""

@@ -26,16 +26,6 @@ from lclm.data.index_file import (
 )
 from lclm.data.retry import RetryingFile
 
-__all__ = [
-    "IndexedReader",
-    "IndexedWriter",
-    "adopt_tokens",
-    "dtype_for_vocab",
-    "length_histogram",
-    "read_all_lengths",
-    "temporary_name",
-]
-
 _ENDINGS = (".bin", ".json", ".idx")  # .idx is renamed last: with it the files are complete
 COPY_BYTES = 1 << 24
 

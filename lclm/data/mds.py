@@ -21,8 +21,6 @@ import numpy as np
 
 from lclm.files import import_optional
 
-__all__ = ["MdsDocument", "MdsReader"]
-
 _VALUE_TYPES = {
     8: np.uint8, 9: np.int8, 16: np.uint16, 17: np.int16, 32: np.uint32, 33: np.int32,
     64: np.uint64, 65: np.int64,

@@ -16,14 +16,6 @@ import numpy as np
 from lclm.data.domain import Cursor, Domain
 from lclm_kernels.native import pack_best_fit, pack_concat, pack_exact
 
-__all__ = [
-    "DomainRows",
-    "PackedRows",
-    "build_best_fit_rows",
-    "build_concat_rows",
-    "build_exact_rows",
-]
-
 
 @dataclass(frozen=True)
 class PackedRows:

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Generic, TypeVar
 
-__all__ = ["Prefetcher"]
-
 T = TypeVar("T")
 POLL_SECONDS = 0.1  # how often the thread looks whether it is still wanted
 

@@ -25,14 +25,12 @@ from typing import Any
 from lclm.data.indexed import temporary_name
 from lclm.data.retry import try_again
 
-__all__ = ["fetch_dataset", "fetch_inputs", "fetch_prefix", "is_remote"]
-
 # what different stores call the version of a file
 VERSIONS = ("ETag", "etag", "blob_id", "mtime", "LastModified", "Last-Modified", "last_modified",
             "updated")  # fmt: skip
 REQUIRED, OPTIONAL = (".idx", ".bin"), (".json", ".weights")  # files of a prefix
 FINAL = (FileNotFoundError, PermissionError)  # trying again does not help
-_LOG = logging.getLogger("lclm.data")
+logger = logging.getLogger(__name__)
 
 
 def is_remote(path: str) -> bool:
@@ -180,12 +178,14 @@ def _fetch_files(system: Any, url: str, files: Mapping[str, Mapping[str, Any]]) 
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.is_dir():
             size = sum(info.get("size") or 0 for info in files.values())
-            _LOG.info("%s: fetching %d files, %.3f GB, to %s", url, len(files), size / 1e9, target)
+            logger.info(
+                "%s: fetching %d files, %.3f GB, to %s", url, len(files), size / 1e9, target
+            )
             start = time.perf_counter()
             for name, info in files.items():
                 _fetch_file(system, url, info, Path(f"{target}.partial") / name)
             os.rename(f"{target}.partial", target)
-            _LOG.info("%s: fetched in %.1f s", url, time.perf_counter() - start)
+            logger.info("%s: fetched in %.1f s", url, time.perf_counter() - start)
     return target
 
 

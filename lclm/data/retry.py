@@ -7,12 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-__all__ = ["RetryingFile", "try_again"]
-
 T = TypeVar("T")
 WAITS = (0.5, 2.0, 8.0, 30.0)  # seconds before each further try
 SLOW_SECONDS = 10.0  # of a read that is worth a line in the log
-_LOG = logging.getLogger("lclm.data")
+logger = logging.getLogger(__name__)
 
 
 def try_again(
@@ -43,7 +41,7 @@ def try_again(
                     f"{problem}, also not when tried {len(WAITS)} times again ({error}); check the "
                     "file and its file system"
                 ) from error
-            _LOG.warning("%s (%s); trying again in %g s", problem, error, wait)
+            logger.warning("%s (%s); trying again in %g s", problem, error, wait)
             time.sleep(wait)
     raise AssertionError("the last try returns or raises")
 
@@ -69,7 +67,7 @@ class RetryingFile:
         data = try_again(lambda: self._read_once(start, num_bytes), f"{where} cannot be read")
         seconds = time.perf_counter() - began
         if seconds > SLOW_SECONDS:
-            _LOG.warning("%s took %.1f s to read", where, seconds)
+            logger.warning("%s took %.1f s to read", where, seconds)
         return data
 
     def _read_once(self, start: int, num_bytes: int) -> bytes:

@@ -25,8 +25,6 @@ from lclm.data.packing import (
 from lclm.data.packing_cache import Packing, hash_packing, load_or_make
 from lclm_kernels.native import pack_concat
 
-__all__ = ["Cursor", "HeldOutRows", "Row", "StageRows", "check_same_tokenizer"]
-
 
 @dataclass(frozen=True)
 class Row:
@@ -44,7 +42,7 @@ class Row:
         if len(lengths) == 0 or lengths.sum() != len(self.tokens) or lengths.min() < 1:
             raise ValueError(
                 f"row: pieces of {lengths.tolist()[:8]} tokens must be positive and add up to the "
-                f"row's {len(self.tokens)}; write the domain again"
+                f"row's {len(self.tokens)}; delete the run folder's plans to pack again"
             )
 
     @property
@@ -164,14 +162,8 @@ class StageRows:
         check_same_tokenizer([domain.reader for domain in self._domains.values()])
         self.next_cursors = {key: Cursor(*at) for key, at in (cursors or {}).items()}
         self._first_cursors = {p: self.next_cursors.get(p, Cursor()) for p in self._domains}
-        inputs: list[object] = [
-            PACKING_VERSION,
-            seq_length,
-            num_rows,
-            seed,
-            stage_index,
-            max_epochs,
-        ]
+        inputs: list[object] = [PACKING_VERSION, seq_length, num_rows]
+        inputs += [seed, stage_index, max_epochs]
         inputs += [
             [self._domains[e.prefix].key, self._domains[e.prefix].num_held_out,
              self._domains[e.prefix].is_chat, e.packing, length, e.share,

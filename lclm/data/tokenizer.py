@@ -23,8 +23,6 @@ import sentencepiece
 import tiktoken
 import tokenizers
 
-__all__ = ["Tokenizer", "load_tokenizer"]
-
 Kind = Literal["hf", "tiktoken", "sentencepiece"]
 
 # What a Hugging Face folder may hold beside tokenizer.json that belongs to the tokenizer.

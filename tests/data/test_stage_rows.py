@@ -246,6 +246,21 @@ def test_rows_outside_the_stage(write_prefix):
             stage.row(number)
 
 
+def test_without_a_mask_attention_sees_one_document_and_labels_see_all(write_prefix):
+    prefix = write_prefix("a", [10] * 20)
+    entries = [mixture_entry(prefix, "concat", 0, 1.0)]
+    masked, whole = (build(entries, 48, 4, document_mask=mask) for mask in (True, False))
+    held_out = HeldOutRows(prefix, 48, 1, 1, 0.1, document_mask=False).row(0)
+    assert held_out.attention_lengths.tolist() == [48] and len(held_out.doc_lengths) == 5
+    for number in range(4):
+        row, other = masked.row(number), whole.row(number)
+        assert np.array_equal(row.doc_lengths, other.doc_lengths) and len(row.doc_lengths) > 4
+        assert np.array_equal(row.attention_lengths, row.doc_lengths)
+        assert np.array_equal(masked.attention_lengths(number), row.doc_lengths)
+        for lengths in (other.attention_lengths, whole.attention_lengths(number)):
+            assert lengths.tolist() == [48] and lengths.dtype == np.int64
+
+
 @pytest.mark.parametrize(
     ("packing", "num_rows", "numbers"),
     [

@@ -3,8 +3,6 @@
 Layouts of equal world size share one set of processes: importing costs more than training.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Weights of targets reach the loss and its gradients; padding changes neither."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

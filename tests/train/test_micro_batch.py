@@ -1,7 +1,5 @@
 """Where a micro-batch lies: prepared on the host, pinned for a GPU, moved when it is used."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import numpy as np

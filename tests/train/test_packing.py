@@ -1,7 +1,5 @@
 """Documents packed into a row train exactly as they would alone."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -4,8 +4,6 @@ No training: the trainer's own reading of micro-batches, once for every rank of 
 together again to whole rows and hashed.
 """
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Data that does not fit the run or itself is refused before anything is computed or written."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 
