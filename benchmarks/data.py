@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import record
+from timing import record
 
 from lclm.config import MixtureEntry
 from lclm.data.indexed import IndexedReader, adopt_tokens

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import record, run_measured
+from timing import record, run_measured
 
 from lclm.data.indexed import dtype_for_vocab
 from lclm.data.tokenizer import load_tokenizer

@@ -1,7 +1,6 @@
-"""Row packing, mixtures and JSON lines in C++ (C ABI, opened by ctypes), with twins in Python."""
+"""Row packing and plans of rows in C++ (C ABI, opened by ctypes), with twins in NumPy."""
 
 from lclm_kernels.native.best_fit import BestFitRows, pack_best_fit, seeded_order
-from lclm_kernels.native.json_lines import json_texts
 from lclm_kernels.native.ops import (
     ConcatRows,
     ExactPieces,
@@ -16,7 +15,6 @@ __all__ = [
     "ConcatRows",
     "ExactPieces",
     "assign_rows",
-    "json_texts",
     "load_native",
     "pack_best_fit",
     "pack_concat",

@@ -93,9 +93,6 @@ def _open(path: Path) -> ctypes.CDLL:
     library.lclm_sort_best_fit.restype = None
     library.lclm_seeded_order.argtypes = [ctypes.c_uint64, i64, array]
     library.lclm_seeded_order.restype = None
-    text = ctypes.c_char_p
-    library.lclm_json_texts.argtypes = [text, i64, i64, text, i64, i64, i64, *[array] * 4]
-    library.lclm_json_texts.restype = i64
     return library
 
 

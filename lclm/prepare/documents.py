@@ -1,30 +1,24 @@
 """The documents of a unit of input: JSON lines, rows of Parquet files, whole text files."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lclm.files import import_optional
 from lclm.prepare.readers import PARQUET, Problem, Unit
-from lclm_kernels.native import json_texts
 
 try:
     import orjson
 except ImportError:  # an optional package; json gives the same documents, only slower
     orjson = None  # type: ignore[assignment]
 
-__all__ = ["read_records", "read_unit"]
-
 PARQUET_ROWS = 256  # read at once
 
 
-def read_unit(
-    unit: Unit, keys: Sequence[str], as_utf8: bool = False
-) -> Iterator[tuple[Any, ...] | Problem | None]:
+def read_unit(unit: Unit, keys: Sequence[str]) -> Iterator[tuple[str, ...] | Problem | None]:
     """The documents of a unit, or what is wrong with a line or file.
-
-    With as_utf8 a text may be the bytes of its UTF-8, where that saves decoding it; else it is str.
 
     Yields one item per line of a JSON-lines file (None for a blank line) and one per document of
     other files (a tuple of one text), with a Problem before it for every file left out.
@@ -33,7 +27,7 @@ def read_unit(
         if unit.path.name.lower().endswith(PARQUET):
             yield from _read_rows(unit, unit.path, keys)
         else:
-            yield from _read_lines(unit, unit.path, keys, as_utf8)
+            yield from _read_lines(unit, unit.path, keys)
     for files in unit.documents:
         yield from _read_document(files, unit.is_folder)
 
@@ -41,8 +35,7 @@ def read_unit(
 def read_records(unit: Unit) -> Iterator[dict[str, Any] | Problem | None]:
     """The objects of a unit of JSON lines, as `read_unit` gives texts."""
     assert unit.path is not None, "a unit of lines"
-    lines = _bytes_of(unit, unit.path).removesuffix(b"\n").split(b"\n")
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_lines_of(unit, unit.path), start=1):
         if not line.strip():
             yield None
             continue
@@ -52,43 +45,51 @@ def read_records(unit: Unit) -> Iterator[dict[str, Any] | Problem | None]:
             yield Problem(unit.path, number, str(error))
 
 
-def _bytes_of(unit: Unit, path: Path) -> bytes:
+def _lines_of(unit: Unit, path: Path) -> list[bytes]:
     if unit.lines is not None:
-        return unit.lines
-    with open(path, "rb") as file:
-        file.seek(unit.start)
-        return file.read(unit.end - unit.start)
+        data = unit.lines
+    else:
+        with open(path, "rb") as file:
+            file.seek(unit.start)
+            data = file.read(unit.end - unit.start)
+    return data.removesuffix(b"\n").split(b"\n") if data else []
 
 
 def _read_lines(
-    unit: Unit, path: Path, keys: Sequence[str], as_utf8: bool
-) -> Iterator[tuple[Any, ...] | Problem | None]:
-    data = _bytes_of(unit, path)
-    columns = [json_texts(data, key, as_utf8) for key in keys]
-    for number, texts in enumerate(zip(*columns), start=1):
-        place = next((text for text in texts if type(text) is slice), None)
-        if texts[0] is None:
+    unit: Unit, path: Path, keys: Sequence[str]
+) -> Iterator[tuple[str, ...] | Problem | None]:
+    escaped = _escapes_in(keys)
+    for number, line in enumerate(_lines_of(unit, path), start=1):
+        if not line.strip():
             yield None
-        elif place is None:
-            yield texts
-        else:
-            try:
-                yield _texts_of_line(data[place], keys)
-            except ValueError as error:
-                yield Problem(path, number, str(error))
-
-
-def _texts_of_line(line: bytes, keys: Sequence[str]) -> tuple[str, ...]:
-    """Texts of one JSON line; ValueError says what is wrong with it."""
-    if orjson is not None and all(line.count(b'"%s"' % key.encode()) == 1 for key in keys):
+            continue
+        texts = None if orjson is None else _texts_fast(line, keys, escaped)
         try:
-            record = orjson.loads(line)
-            texts = tuple(record[key] for key in keys)
-            if all(type(text) is str for text in texts):
-                return texts
-        except (ValueError, KeyError, TypeError, IndexError):
-            pass  # read again below, where everything wrong has its words
-    return _texts_slowly(line, keys)
+            yield _texts_slowly(line, keys) if texts is None else texts
+        except ValueError as error:
+            yield Problem(path, number, str(error))
+
+
+def _escapes_in(keys: Sequence[str]) -> re.Pattern[bytes]:
+    """What a line contains if it writes a letter of a key as an escape, as \\u0074 for t."""
+    codes = "".join(keys).encode("utf-16-be").hex(" ", 2).split() or ["0000"]
+    return re.compile(rb"\\u(?:%s)" % "|".join(codes).encode(), re.IGNORECASE)
+
+
+def _texts_fast(
+    line: bytes, keys: Sequence[str], escaped: re.Pattern[bytes]
+) -> tuple[str, ...] | None:
+    """Texts of a line that orjson reads as json does; None where json must look at the line."""
+    if any(line.count(b'"%s"' % key.encode()) != 1 for key in keys):
+        return None  # a key may be there twice, of which orjson keeps the last
+    if b"\\u" in line and escaped.search(line):
+        return None  # so may one whose letters are escapes
+    try:
+        record = orjson.loads(line)
+        texts = tuple(record[key] for key in keys)
+    except (ValueError, KeyError, TypeError, IndexError):
+        return None  # json has the words for what is wrong
+    return texts if all(type(text) is str for text in texts) else None
 
 
 def _record_of_line(line: bytes) -> "_Pairs":

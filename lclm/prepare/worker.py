@@ -92,7 +92,7 @@ class Worker:
     def _batches(self, unit: Unit, done: Encoded) -> Iterator[list[tuple[Text, ...]]]:
         batch: list[tuple[Text, ...]] = []
         num_chars = 0
-        for item in read_unit(unit, self._options.json_keys, as_utf8=True):
+        for item in read_unit(unit, self._options.json_keys):
             done.num_lines += 1
             if isinstance(item, Problem):
                 done.problems.append(item)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -206,10 +207,8 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, name):
         documents([write(tmp_path / name, "x")])
 
 
-@pytest.mark.parametrize("parser", ["native", "orjson", "json"])
+@pytest.mark.parametrize("parser", ["orjson", "json"])
 def test_lines_that_a_fast_parser_must_not_decide(tmp_path, monkeypatch, parser):
-    if parser != "native":
-        monkeypatch.setattr("lclm_kernels.native.json_lines.load_native", lambda: None)
     if parser == "json":
         monkeypatch.setattr("lclm.prepare.documents.orjson", None)
     cases = {
@@ -217,6 +216,7 @@ def test_lines_that_a_fast_parser_must_not_decide(tmp_path, monkeypatch, parser)
         '{"text": "a", "m": {"text": "b"}}': ("a",),
         '{"text": "say \\"text\\" twice \\"text\\""}': ('say "text" twice "text"',),
         '{"te\\u0078t": "a"}': ("a",),
+        '{"text": "a", "te\\u0078t": "b"}': "has the key 'text' twice",
         '{"text": "a", "n": NaN}': ("a",),
         '{"text": "a\\u0000b"}': ("a\0b",),
         '{"text": "a\0b"}': "is not JSON",
@@ -230,3 +230,82 @@ def test_lines_that_a_fast_parser_must_not_decide(tmp_path, monkeypatch, parser)
             assert isinstance(item, Problem) and expected in item.reason
         else:
             assert item == expected
+
+
+PLAIN_TEXTS = [
+    "",
+    "plain words " * 20,
+    'quote " backslash \\ slash / \b\f\n\r\t end',
+    "\\" * 131 + '"' * 67 + "\\n",
+    "\u00e9\u4e2d\U0001f600" * 40 + "\n" * 70,
+    "\x00\x1f\x7f\u0080\u2028\ufeff\uffff\U0010ffff",
+    "nrtbf/u\\u0041 " * 9,
+]
+ODD_LINES = [
+    b"",
+    b" \t\r\x0b\x0c",
+    b'  {\t"text"  : "spaces"\r } \r',
+    b'{"te\\nxt": "c", "text": "d", "text ": "e"}',
+    b'{"meta": [[[[]]], {"a": {"b": ["text"]}}], "text": ""}',
+    b"{}",
+    b"[]",
+    b'"text"',
+    b'{"text": 1}',
+    b'{"text": null}',
+    b'{"body": "x"}',
+    b'{"text": "a"',
+    b'{"text": "a"}}',
+    b'{"text": "a"} {"text": "b"}',
+    b'{"text": "a",}',
+    b'{,"text": "a"}',
+    b"{'text': 'a'}",
+    b'{"text": "\xff"}',
+    b'{"text": "\xc0\x80"}',
+    b'{"text": "\xed\xa0\x80"}',
+    b'{"text": "\xf4\x90\x80\x80"}',
+    b'{"text": "\xe4\xb8"}',
+    b'{"text": "\\ud83d"}',
+    b'{"text": "\\ude00\\ud83d"}',
+    b'{"text": "\\x41"}',
+    b'{"text": "\\u00g1"}',
+    b'{"text": "tab\there"}',
+    b'{"text": "a", "n": 01}',
+    b'{"text": "a", "n": 1.}',
+    b'{"text": "a", "n": +1}',
+    b'{"text": "a", "n": tru}',
+    b'{"text": "a", "n": [1, 2}',
+    b'\xef\xbb\xbf{"text": "a"}',
+    b'{"text": "a", "n": ' + b"[" * 100 + b"]" * 100 + b"}",
+    b'{"text": "' + b"a" * 200 + b"\\",
+]
+
+
+def damaged_lines():
+    """Lines of JSON with a few bytes removed and added."""
+    rng = random.Random(0)
+    sane = [json.dumps({"n": [1, {"k": -0.5e7}], "text": t, "z": ""}) for t in PLAIN_TEXTS]
+    sane += [line.encode().decode("unicode_escape") for line in sane[:3]]
+    signs = b'"\\{}[],:0-e.utn \x00\x80\xed\xf0'
+    for _ in range(4000):
+        raw = bytearray(rng.choice(sane).encode().replace(b"\n", b" "))
+        for _ in range(rng.randint(1, 3)):
+            at = rng.randrange(len(raw) + 1)
+            raw[at : at + rng.randint(0, 2)] = bytes(rng.choices(signs, k=rng.randint(0, 2)))
+        yield bytes(raw)
+
+
+def test_orjson_and_json_give_the_same_documents(tmp_path, monkeypatch):
+    pytest.importorskip("orjson")
+    records = [{"n": 1, "text": text, "m": text + "x"} for text in PLAIN_TEXTS]
+    lines = [json.dumps(r, ensure_ascii=a).encode() for r in records for a in (True, False)]
+    path = write(tmp_path / "a.jsonl", b"\n".join([*lines, *ODD_LINES, *damaged_lines()]))
+    fast = documents([path])
+    monkeypatch.setattr("lclm.prepare.documents.orjson", None)
+    assert documents([path]) == fast
+    assert fast[: len(lines)] == [(r["text"],) for r in records for _ in "ab"]
+    assert 1000 < sum(isinstance(item, Problem) for item in fast) < 4000
+
+
+def test_keys_that_are_no_plain_words(tmp_path):
+    path = write(tmp_path / "a.jsonl", json.dumps({"q": "1", "\u00fc\n": "2", "": "3"}))
+    assert documents([path], keys=("q", "\u00fc\n", "")) == [("1", "2", "3")]
