@@ -14,21 +14,9 @@ import numpy as np
 
 from lclm_kernels.native import reference
 
-__all__ = [
-    "ConcatRows",
-    "ExactPieces",
-    "assign_rows",
-    "check_lengths",
-    "choose_library",
-    "load_native",
-    "pack_concat",
-    "pack_exact",
-]
-
 LIBRARY_NAME = "liblclm_native.so"
-ABI = 3  # lclm_native_abi() of pack.cpp
-MAX_ENTRIES = 32767  # entries are numbered in int16
-_LOG = logging.getLogger("lclm_kernels")
+ABI = 4  # lclm_native_abi() of pack.cpp
+logger = logging.getLogger(__name__)
 
 
 class ConcatRows(NamedTuple):
@@ -40,15 +28,6 @@ class ConcatRows(NamedTuple):
     length: np.ndarray  # int32 [pieces]
     next_place: int  # document of the first unused token
     next_offset: int
-
-
-class ExactPieces(NamedTuple):
-    """Pieces of fixed lengths cut out of a stream."""
-
-    pieces: list[tuple[np.ndarray, np.ndarray]]  # per target: place, offset, both int32 [need]
-    num_documents: int  # cut up; the next stage starts after them
-    num_tail_tokens: int  # dropped because shorter than the shortest target
-    num_unused_tokens: int  # in pieces that were cut but not needed
 
 
 def load_native() -> ctypes.CDLL | None:
@@ -65,7 +44,7 @@ def _open_first(folders: tuple[Path, ...]) -> ctypes.CDLL | None:
         path = folder / LIBRARY_NAME
         if path.is_file():
             return _open(path)
-    _LOG.warning("native: %s is not built; its NumPy twin runs, only slower", LIBRARY_NAME)
+    logger.warning("native: %s is not built; its NumPy twin runs, only slower", LIBRARY_NAME)
     return None
 
 
@@ -83,10 +62,6 @@ def _open(path: Path) -> ctypes.CDLL:
     array = ctypes.c_void_p
     library.lclm_pack_concat.argtypes = [array, i64, i64, i64, i64, *[array] * 5]
     library.lclm_pack_concat.restype = i64
-    library.lclm_pack_exact.argtypes = [array, i64, array, array, i32, *[array] * 4]
-    library.lclm_pack_exact.restype = i32
-    library.lclm_assign_rows.argtypes = [array, i32, i64, array]
-    library.lclm_assign_rows.restype = None
     library.lclm_pack_best_fit.argtypes = [array, i64, i64, i64, i32, array, array]
     library.lclm_pack_best_fit.restype = i32
     library.lclm_sort_best_fit.argtypes = [array, i64, i64, i64, i32, array, i64, *[array] * 4]
@@ -169,83 +144,3 @@ def pack_concat(
     outputs = (row_start, place, offset, length, upcoming)
     library.lclm_pack_concat(*request, *(item.ctypes.data for item in outputs))
     return ConcatRows(row_start, place, offset, length, int(upcoming[0]), int(upcoming[1]))
-
-
-def pack_exact(
-    lengths: np.ndarray,
-    targets: np.ndarray,
-    needs: np.ndarray,
-    implementation: str = "auto",
-) -> ExactPieces | None:
-    """Cut each document from the front into the longest target it still fills, until needs are met.
-
-    This is ProLong's cutting of long documents (arXiv 2410.02660, appendix A.2).
-
-    Args:
-        lengths: int32 [documents], tokens of each document in stream order.
-        targets: piece lengths, falling, at least 1.
-        needs: pieces wanted of each target.
-        implementation: auto, native or reference.
-
-    Returns:
-        The pieces, or None when the documents run out first.
-
-    Raises:
-        ValueError: lengths of another type, targets that do not fall, an implementation that is
-            not there.
-    """
-    lengths = check_lengths(lengths)
-    targets = np.ascontiguousarray(targets, np.int64)
-    needs = np.ascontiguousarray(needs, np.int64)
-    is_falling = len(targets) > 0 and bool((np.diff(targets) < 0).all()) and targets[-1] >= 1
-    if not is_falling or len(needs) != len(targets) or needs.min() < 0:
-        raise ValueError(
-            f"native: targets {targets.tolist()} must be positive and falling, with one need >= 0 "
-            f"each, got {needs.tolist()}"
-        )
-    library = choose_library(implementation)
-    if library is None:
-        twin = reference.pack_exact(lengths, targets, needs)
-        return None if twin is None else ExactPieces(twin[0], *twin[1])
-    place, offset = (np.empty(int(needs.sum()), np.int32) for _ in range(2))
-    found = np.empty(len(targets), np.int64)
-    stats = np.empty(3, np.int64)
-    inputs = (lengths.ctypes.data, len(lengths), targets.ctypes.data, needs.ctypes.data)
-    outputs = (item.ctypes.data for item in (place, offset, found, stats))
-    if library.lclm_pack_exact(*inputs, len(targets), *outputs) != 0:
-        return None
-    borders = np.cumsum(needs)[:-1]
-    pieces = list(zip(np.split(place, borders), np.split(offset, borders)))
-    return ExactPieces(pieces, *stats.tolist())
-
-
-def assign_rows(weights: np.ndarray, num_rows: int, implementation: str = "auto") -> np.ndarray:
-    """Give each row to an entry so that every prefix of rows is within one row of its share.
-
-    Tijdeman's rule (The chairman assignment problem, Discrete Mathematics 32, 1980): the distance
-    never exceeds 1 - 1 / (2n - 2) rows for n entries.
-
-    Args:
-        weights: the shares as positive integers that add up to at most 10^15.
-        num_rows: rows wanted.
-        implementation: auto, native or reference.
-
-    Returns:
-        int16 [num_rows], the entry of each row.
-
-    Raises:
-        ValueError: weights that are not positive or too large, too many entries, an implementation
-            that is not there.
-    """
-    weights = np.ascontiguousarray(weights, np.int64)
-    if not 1 <= len(weights) <= MAX_ENTRIES or weights.min() < 1 or weights.sum() > 10**15:
-        raise ValueError(
-            f"native: 1 to {MAX_ENTRIES} weights, each at least 1, with a sum of at most 10^15 are "
-            f"needed, got {len(weights)} weights {weights.tolist()[:8]}"
-        )
-    library = choose_library(implementation)
-    if library is None:
-        return reference.assign_rows(weights, num_rows)
-    entry_of_row = np.empty(num_rows, np.int16)
-    library.lclm_assign_rows(weights.ctypes.data, len(weights), num_rows, entry_of_row.ctypes.data)
-    return entry_of_row

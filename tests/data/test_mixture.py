@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lclm.config import check_mixture
-from lclm.data.mixture import assign_rows
+from lclm.data.mixture import _assign_constant, assign_rows
 from tests.data_fixtures import mixture_entry
 
 # ProLong's second stage (arXiv 2410.02660, table 9): shares of its twelve parts
@@ -44,6 +44,36 @@ def test_shares_that_are_not_decimal():
     assert np.bincount(rows).tolist() == [3, 3, 3]
 
 
+def rows_by_hand(weights, num_rows):
+    """Tijdeman's rule row by row: of entries that lag by 1 / (2n - 2), the one overdue first."""
+    total, span = sum(weights), max(2 * len(weights) - 2, 1)
+    lag, rows = [0] * len(weights), []
+    for _ in range(num_rows):
+        lag = [old + weight for old, weight in zip(lag, weights)]
+        late = [i for i, tokens in enumerate(lag) if span * tokens >= total]
+        rows.append(min(late, key=lambda i: Fraction(span * (total - lag[i]) - total, weights[i])))
+        lag[rows[-1]] -= total
+    return rows
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(0, 400))
+def test_every_prefix_is_within_one_row_of_its_share(weights, num_rows):
+    rows = _assign_constant(weights, num_rows)
+    assert rows.dtype == np.int16 and len(rows) == num_rows
+    counts = [0] * len(weights)
+    for number, entry in enumerate(rows.tolist(), start=1):
+        counts[entry] += 1
+        for weight, count in zip(weights, counts):
+            assert abs(count - Fraction(number * weight, sum(weights))) < 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 10**13), min_size=1, max_size=12), st.integers(0, 300))
+def test_constant_shares_equal_a_plain_loop(weights, num_rows):
+    assert _assign_constant(weights, num_rows).tolist() == rows_by_hand(weights, num_rows)
+
+
 @pytest.mark.parametrize("shares", [[0.5, 0.4999999], [0.3, 0.7000005]])
 def test_shares_within_the_tolerance(shares):
     assert len(rows_of(shares, 10)) == 10
@@ -58,6 +88,7 @@ def test_shares_within_the_tolerance(shares):
         ([1.0, 0.0], "a share is a number above 0 .* leave an entry without share out"),
         ([float("nan"), 1.0], "a share is a number above 0"),
         ([1.0, 1e-13], "below the resolution"),
+        ([1 / 40_000] * 40_000, "at most 32767"),
         ([(0.5, 0.6), 0.5], "add up to 1.100000 at the stage's end"),
         ([(0.4, 0.5), (0.5, 0.5)], "add up to 0.900000 at the stage's start"),
         ([(0.0, 0.0), 1.0], "one of them above 0; leave an entry without share out"),
