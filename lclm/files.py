@@ -1,8 +1,116 @@
-"""Files: what reads and writes them safely, whatever they hold."""
+"""Files: what reads and writes them safely, whatever they hold. Standard library only.
 
+What is written lies beside its place, as `<name>.tmp-<process>`, until it is complete, and gets its
+name in one step: readers see it either as it was or whole. What several processes want is made by
+one of them, under a lock, while the others wait.
+"""
+
+import fcntl
 import importlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+
+def _beside(path: Path) -> Path:
+    """Where a file or folder is written before it gets its name."""
+    return path.with_name(f"{path.name}.tmp-{os.getpid()}")
+
+
+@contextmanager
+def replace_files(*targets: Path) -> Iterator[list[Path]]:
+    """Yield a temporary name for each target; the files get their names when the block succeeds.
+
+    They get them in the order given. On an exception they are removed and the targets stay as they
+    were. Nothing is forced to the disk: see `replace_text` for what must survive a power cut.
+    """
+    written = [_beside(target) for target in targets]
+    try:
+        yield written
+        for temporary, target in zip(written, targets):
+            os.replace(temporary, target)
+    finally:
+        for temporary in written:
+            temporary.unlink(missing_ok=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file that readers see as it was or whole, also after a power cut."""
+    with replace_files(path) as (temporary,), temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def replace_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `target` that takes its name, as `move_folder`, on success.
+
+    On an exception the folder is removed and `target` stays as it was. Missing parents are made.
+    """
+    target = target.resolve()
+    temporary = _beside(target)
+    if temporary.exists():  # left by a killed process that had this process's number
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        move_folder(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def move_folder(source: Path, target: Path) -> None:
+    """Give the folder `source` the name `target`, on the same file system.
+
+    An existing target is moved aside by one rename, replaced by a second and deleted last; between
+    the two renames, microseconds apart, there is no `target`, and its old content is in
+    `<target>.old-<process>`.
+    """
+    if not target.exists() or not any(target.iterdir()):
+        os.rename(source, target)  # POSIX: replaces an empty folder
+        return
+    old = target.with_name(f"{target.name}.old-{os.getpid()}")
+    os.rename(target, old)
+    try:
+        os.rename(source, target)
+    except OSError:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old)
+
+
+def lock_file(path: Path, wait: bool = True) -> BinaryIO:
+    """Open `path` for writing and lock it until it is closed; it stays where it is.
+
+    Raises:
+        BlockingIOError: `wait` is false and another process holds it.
+    """
+    file = path.open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def make_once(target: Path, make: Callable[[], None]) -> None:
+    """Let `make` make `target` unless it is there; other processes wait on `<target>.lock`.
+
+    `make` gives the target its name in one step; what it raises goes on, and the next who asks
+    tries again.
+    """
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with lock_file(target.with_name(f"{target.name}.lock")):
+        if not target.exists():
+            make()
 
 
 def import_optional(module: str, package: str, path: Path) -> Any:

@@ -6,16 +6,16 @@
 Standard library only, so that any tool can look at a checkpoint without torch.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # the types of fields are compared as text
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from lclm.files import replace_folder, replace_text
 
 INFO_NAME = "lclm.json"
 LATEST_NAME = "latest"
@@ -172,7 +172,7 @@ def write_info(step_folder: str | Path, info: CheckpointInfo) -> None:
     path = Path(step_folder) / INFO_NAME
     tree = asdict(info)
     CheckpointInfo.from_json(tree, str(path))
-    write_text_atomically(path, json.dumps(tree, indent=2) + "\n")
+    replace_text(path, json.dumps(tree, indent=2) + "\n")
 
 
 def write_latest(checkpoint_dir: str | Path, step_folder: str) -> None:
@@ -187,29 +187,14 @@ def write_latest(checkpoint_dir: str | Path, step_folder: str) -> None:
             f"{checkpoint_dir / LATEST_NAME}: cannot name '{step_folder}', which holds no "
             f"{INFO_NAME}; finish that folder first"
         )
-    write_text_atomically(checkpoint_dir / LATEST_NAME, step_folder + "\n")
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write a file that readers see either as it was or whole, also after a power cut."""
-    staging = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with staging.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staging, path)
-    finally:
-        staging.unlink(missing_ok=True)
+    replace_text(checkpoint_dir / LATEST_NAME, step_folder + "\n")
 
 
 @contextmanager
 def new_folder(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside `target` that takes its name when the block succeeds.
 
-    On an exception the folder is removed and `target` stays as it was. An existing target is
-    moved aside by one rename, replaced by a second and deleted last; between the two renames,
-    microseconds apart, there is no `target`, and its old content is in `<target>.old-<pid>`.
+    All else as `lclm.files.replace_folder`.
 
     Raises:
         CheckpointError: if target is a file, or holds something and `overwrite` is false.
@@ -222,30 +207,8 @@ def new_folder(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
             f"output {target}: exists and is not empty; give another folder, or --overwrite to "
             "replace it"
         )
-    staging = target.with_name(f"{target.name}.tmp-{os.getpid()}")
-    if staging.exists():  # left by a killed process that had this process's number
-        shutil.rmtree(staging)
-    staging.mkdir(parents=True)
-    try:
+    with replace_folder(target) as staging:
         yield staging
-        _move_into_place(staging, target)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-
-
-def _move_into_place(staging: Path, target: Path) -> None:
-    if not target.exists() or not any(target.iterdir()):
-        os.rename(staging, target)  # POSIX: replaces an empty folder
-        return
-    old = target.with_name(f"{target.name}.old-{os.getpid()}")
-    os.rename(target, old)
-    try:
-        os.rename(staging, target)
-    except OSError:
-        os.rename(old, target)
-        raise
-    shutil.rmtree(old)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -5,10 +5,7 @@ then does `latest` name it. The step folder of another layout loads as well: wei
 tensors cut into shards, and the distributed optimizer's state is saved fully reshardable.
 """
 
-from __future__ import annotations
-
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -29,6 +26,7 @@ from lclm.checkpoint.folder import (
 )
 from lclm.checkpoint.tokenizer_files import copy_tokenizer
 from lclm.config import ModelConfig
+from lclm.files import move_folder
 from lclm.mesh import Mesh
 from lclm.model.llama import LlamaModel
 
@@ -79,8 +77,7 @@ def save(
         write_info(staging, info)
         if tokenizer is not None:
             _copy_tokenizer(tokenizer, staging / TOKENIZER_FOLDER)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(staging, target)
+        move_folder(staging, target)
         write_latest(checkpoint_dir, target.name)
     dist.barrier()
     return target

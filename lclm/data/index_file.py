@@ -94,7 +94,7 @@ def documents_of(
     return document_lengths[has_tokens].astype(np.int32), token_borders[:-1][has_tokens]
 
 
-def write_index(path: str, lengths: np.ndarray, dtype: np.dtype) -> None:
+def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> None:
     """The .idx of documents of these lengths, written piece by piece: there may be 10^9."""
     filled = [lengths[at : at + INDEX_BLOCK] for at in range(0, len(lengths), INDEX_BLOCK)]
     num_sequences = sum(int(np.count_nonzero(block)) for block in filled)

@@ -11,6 +11,7 @@ import json
 import os
 from array import array
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -25,6 +26,7 @@ from lclm.data.index_file import (
     write_index,
 )
 from lclm.data.retry import RetryingFile
+from lclm.files import replace_files
 
 _ENDINGS = (".bin", ".json", ".idx")  # .idx is renamed last: with it the files are complete
 COPY_BYTES = 1 << 24
@@ -190,14 +192,20 @@ class IndexedWriter:
         self._lengths = array("i")  # of every document, 0 for one without tokens
         self._weight_values = list(weight_values)
         self._endings = (".bin", ".weights", ".json", ".idx") if weight_values else _ENDINGS
+        self._open = ExitStack()
+        self._temporary: dict[str, Path] = {}  # by ending
         self._bin: BinaryIO | None = None
         self._weights: BinaryIO | None = None
 
     def __enter__(self) -> "IndexedWriter":
         Path(self.prefix).absolute().parent.mkdir(parents=True, exist_ok=True)
-        self._bin = open(self._temporary(".bin"), "wb")
-        if self._weight_values:
-            self._weights = open(self._temporary(".weights"), "wb")
+        with ExitStack() as stack:
+            files = replace_files(*(Path(self.prefix + ending) for ending in self._endings))
+            self._temporary = dict(zip(self._endings, stack.enter_context(files)))
+            self._bin = stack.enter_context(self._temporary[".bin"].open("wb"))
+            if self._weight_values:
+                self._weights = stack.enter_context(self._temporary[".weights"].open("wb"))
+            self._open = stack.pop_all()
         return self
 
     def __exit__(
@@ -206,23 +214,19 @@ class IndexedWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        try:
-            self._file().close()
-            if self._weights is not None:
-                self._weights.close()
-            if kind is None:
-                if self._weight_values:
-                    self.metadata["weight_values"] = self._weight_values
-                lengths = np.asarray(self._lengths, np.int32)
-                write_index(self._temporary(".idx"), lengths, self.dtype)
-                _write_metadata(
-                    self._temporary(".json"), lengths, self.vocab_size, self.dtype, self.metadata
-                )
-                for ending in self._endings:
-                    os.replace(self._temporary(ending), self.prefix + ending)
-        finally:
-            for ending in self._endings:
-                Path(self._temporary(ending)).unlink(missing_ok=True)
+        if kind is None:
+            self._open.callback(self._describe)
+        self._open.__exit__(kind, error, trace)
+
+    def _describe(self) -> None:
+        """Write the files beside `.bin`."""
+        if self._weight_values:
+            self.metadata["weight_values"] = self._weight_values
+        lengths = np.asarray(self._lengths, np.int32)
+        write_index(self._temporary[".idx"], lengths, self.dtype)
+        _write_metadata(
+            self._temporary[".json"], lengths, self.vocab_size, self.dtype, self.metadata
+        )
 
     def add_document(self, ids: np.ndarray | list[int], weights: np.ndarray | None = None) -> None:
         """Append one document; one without tokens is counted and gets a border only.
@@ -289,14 +293,6 @@ class IndexedWriter:
         assert self._bin is not None, "IndexedWriter is used inside a with statement"
         return self._bin
 
-    def _temporary(self, ending: str) -> str:
-        return temporary_name(self.prefix + ending)
-
-
-def temporary_name(path: str) -> str:
-    """Where a file is written before it gets its name."""
-    return f"{path}.tmp-{os.getpid()}"
-
 
 def adopt_tokens(
     prefix: str, tokens: Path, lengths: np.ndarray, vocab_size: int, metadata: dict[str, Any]
@@ -312,17 +308,11 @@ def adopt_tokens(
         metadata: as `IndexedWriter.metadata`.
     """
     dtype = dtype_for_vocab(vocab_size)
-    names = {ending: temporary_name(prefix + ending) for ending in (".json", ".idx")}
-    try:
-        write_index(names[".idx"], lengths, dtype)
-        _write_metadata(names[".json"], lengths, vocab_size, dtype, metadata)
+    with replace_files(Path(prefix + ".json"), Path(prefix + ".idx")) as (described, index):
+        write_index(index, lengths, dtype)
+        _write_metadata(described, lengths, vocab_size, dtype, metadata)
         if tokens.exists():
             os.replace(tokens, prefix + ".bin")
-        for ending, name in names.items():
-            os.replace(name, prefix + ending)
-    finally:
-        for name in names.values():
-            Path(name).unlink(missing_ok=True)
 
 
 def read_all_lengths(prefix: str) -> np.ndarray:
@@ -345,7 +335,7 @@ def read_all_lengths(prefix: str) -> np.ndarray:
 
 
 def _write_metadata(
-    path: str, lengths: np.ndarray, vocab_size: int, dtype: np.dtype, metadata: dict[str, Any]
+    path: Path, lengths: np.ndarray, vocab_size: int, dtype: np.dtype, metadata: dict[str, Any]
 ) -> None:
     num_documents = int(np.count_nonzero(lengths))
     counts = {
@@ -357,4 +347,4 @@ def _write_metadata(
         "length_histogram": length_histogram(lengths),
     }
     text = json.dumps(metadata | counts, indent=2, ensure_ascii=True)
-    Path(path).write_text(text + "\n", encoding="utf-8")
+    path.write_text(text + "\n", encoding="utf-8")

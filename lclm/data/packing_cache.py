@@ -8,12 +8,9 @@ A packing is made by the first process that asks, beside, and gets its name in o
 wait and map the same pages.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
-import os
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from lclm.data.indexed import temporary_name
+from lclm.files import make_once, replace_folder
 
 FACTS = "facts.json"
 logger = logging.getLogger(__name__)
@@ -48,12 +45,7 @@ def load_or_make(folder: Path | None, key: str, make: Callable[[], Packing]) -> 
     if folder is None:
         return make()
     target = folder / key
-    if not target.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / f"{key}.lock", "wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not target.is_dir():
-                _write(target, *make())
+    make_once(target, lambda: _write(target, *make()))
     start = time.perf_counter()
     try:
         facts = json.loads((target / FACTS).read_text(encoding="utf-8"))
@@ -74,14 +66,9 @@ def _map(path: Path, size: int) -> np.ndarray:
 
 
 def _write(target: Path, arrays: Mapping[str, np.ndarray], facts: dict[str, Any]) -> None:
-    beside = Path(temporary_name(str(target)))
-    beside.mkdir()
-    try:
+    with replace_folder(target) as folder:
         for name, array in arrays.items():
-            np.save(beside / f"{name}.npy", array)
+            np.save(folder / f"{name}.npy", array)
         sizes = {name: len(array) for name, array in arrays.items()}
         text = json.dumps({"arrays": sizes, "facts": facts})
-        (beside / FACTS).write_text(text, encoding="utf-8")
-        os.rename(beside, target)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        (folder / FACTS).write_text(text, encoding="utf-8")

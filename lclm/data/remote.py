@@ -10,7 +10,6 @@ ever removed here; whoever needs the room may. URLs become local paths here, bef
 sees them.
 """
 
-import fcntl
 import functools
 import hashlib
 import importlib
@@ -22,8 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lclm.data.indexed import temporary_name
 from lclm.data.retry import try_again
+from lclm.files import make_once, replace_files
 
 # what different stores call the version of a file
 VERSIONS = ("ETag", "etag", "blob_id", "mtime", "LastModified", "Last-Modified", "last_modified",
@@ -171,21 +170,17 @@ def _fetch_files(system: Any, url: str, files: Mapping[str, Mapping[str, Any]]) 
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("LCLM_CACHE") or Path.home() / ".cache" / "lclm")
     target = cache / place / key
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{target}.lock", "wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.is_dir():
-            size = sum(info.get("size") or 0 for info in files.values())
-            logger.info(
-                "%s: fetching %d files, %.3f GB, to %s", url, len(files), size / 1e9, target
-            )
-            start = time.perf_counter()
-            for name, info in files.items():
-                _fetch_file(system, url, info, Path(f"{target}.partial") / name)
-            os.rename(f"{target}.partial", target)
-            logger.info("%s: fetched in %.1f s", url, time.perf_counter() - start)
+
+    def fetch() -> None:
+        size = sum(info.get("size") or 0 for info in files.values())
+        logger.info("%s: fetching %d files, %.3f GB, to %s", url, len(files), size / 1e9, target)
+        start = time.perf_counter()
+        for name, info in files.items():
+            _fetch_file(system, url, info, Path(f"{target}.partial") / name)
+        os.rename(f"{target}.partial", target)
+        logger.info("%s: fetched in %.1f s", url, time.perf_counter() - start)
+
+    make_once(target, fetch)
     return target
 
 
@@ -194,15 +189,11 @@ def _fetch_file(system: Any, url: str, info: Mapping[str, Any], path: Path) -> N
     if path.is_file():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(temporary_name(str(path)))
 
     def fetch_once() -> None:
         system.get_file(info["name"], str(beside))
         if info.get("size") not in (None, beside.stat().st_size):
             raise OSError(f"{beside.stat().st_size} bytes came instead of {info['size']}")
 
-    try:
+    with replace_files(path) as (beside,):
         try_again(fetch_once, f"{url}: {path.name} cannot be fetched", Exception)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -8,7 +8,6 @@ What is in the two files beyond the sizes in state.json is of units that were no
 was killed; the next run cuts it off.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -18,10 +17,8 @@ from types import TracebackType
 
 import numpy as np
 
-from lclm.data.indexed import temporary_name
+from lclm.files import lock_file, replace_files
 from lclm.prepare.worker import Encoded
-
-__all__ = ["State", "Unfinished", "write_tokens"]
 
 
 @dataclass
@@ -70,11 +67,9 @@ class Unfinished:
             ValueError: another process works in it.
         """
         Path(self.folder).mkdir(parents=True, exist_ok=True)
-        self._lock = open(self._path("lock"), "wb")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
+            self._lock = lock_file(Path(self._path("lock")), wait=False)
+        except BlockingIOError as error:
             raise ValueError(
                 f"{self.folder}: another process is writing this prefix; wait for it, or give "
                 "another --output-prefix"
@@ -123,9 +118,8 @@ class Unfinished:
 
     def save(self) -> None:
         """Write state.json in one step."""
-        name = temporary_name(self._path("state.json"))
-        Path(name).write_text(json.dumps(asdict(self.state)), encoding="utf-8")
-        os.replace(name, self._path("state.json"))
+        with replace_files(Path(self._path("state.json"))) as (file,):
+            file.write_text(json.dumps(asdict(self.state)), encoding="utf-8")
 
     def add(self, done: Encoded) -> None:
         """Append a unit; tokens that are not written yet are. `save` follows."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from lclm.context.plan.choice import choose_fastest, compare_comms
 from lclm.context.plan.comm import Comm
 from lclm.context.plan.cost import CostModel
 from lclm.context.plan.rates import LINKS, RATES_NAME, Machine, load_machine
+from lclm.files import replace_text
 from lclm.mesh import Mesh, split_context
 from lclm.train.stages import attention_cost
 
@@ -48,10 +48,8 @@ def find_machine(config: Config, mesh: Mesh) -> Machine:
     machine = measure_machine(cost, mesh.cp_group, mesh.device, mesh.dtype)
     logger.info("context rates, measured: %s", machine.summary())
     if mesh.rank == 0:
-        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
         record = {"made_for": made_for, "machine": machine.dump()}
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="ascii")
-        os.replace(temporary, path)
+        replace_text(path, json.dumps(record, indent=1) + "\n")
     return machine
 
 

@@ -7,6 +7,8 @@ import logging
 from pathlib import Path
 from typing import Any, TextIO
 
+from lclm.files import replace_text
+
 logger = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.jsonl"
@@ -87,6 +89,4 @@ def _keep_records(path: Path, last_step: int) -> None:
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         if line.endswith("\n") and json.loads(line)["step"] <= last_step:
             kept.append(line)
-    staging = path.with_suffix(".tmp")
-    staging.write_text("".join(kept), encoding="utf-8")
-    staging.replace(path)
+    replace_text(path, "".join(kept))

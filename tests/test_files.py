@@ -1,0 +1,146 @@
+"""Writing beside and renaming; making once under a lock."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lclm.files import (
+    lock_file,
+    make_once,
+    move_folder,
+    replace_files,
+    replace_folder,
+    replace_text,
+)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_needs_the_standard_library_only():
+    code = "import sys, lclm.files; print({'numpy', 'torch', 'pydantic'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+def test_text_is_replaced_whole(tmp_path):
+    path = tmp_path / "a.json"
+    replace_text(path, "old\n")
+    replace_text(path, "new\n")
+    assert path.read_text() == "new\n" and names(tmp_path) == ["a.json"]
+
+
+def test_a_failing_write_leaves_the_old_files(tmp_path):
+    targets = [tmp_path / name for name in ("a.bin", "a.idx")]
+    for target in targets:
+        target.write_bytes(b"old")
+
+    def write() -> None:
+        with replace_files(*targets) as written:
+            written[0].write_bytes(b"new")
+            assert names(tmp_path) == ["a.bin", f"a.bin.tmp-{os.getpid()}", "a.idx"]
+            raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        write()
+    assert [target.read_bytes() for target in targets] == [b"old", b"old"]
+    assert names(tmp_path) == ["a.bin", "a.idx"]
+
+
+def test_files_get_their_names_in_order(tmp_path, monkeypatch):
+    targets = [tmp_path / name for name in ("z", "a", "m")]
+    given, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (given.append(Path(b)), replace(a, b)))
+    with replace_files(*targets) as written:
+        for path in written:
+            path.write_bytes(b"x")
+    assert given == targets
+
+
+def test_a_rename_that_fails_leaves_no_temporary(tmp_path):
+    with pytest.raises(FileNotFoundError), replace_files(tmp_path / "a", tmp_path / "b") as written:
+        written[1].write_bytes(b"x")  # the first was forgotten
+    assert names(tmp_path) == []
+
+
+def test_folder_is_replaced_whole(tmp_path):
+    target = tmp_path / "deep" / "folder"
+    for content in ("old", "new"):
+        with replace_folder(target) as folder:
+            (folder / content).write_text(content)
+        assert names(target) == [content]
+
+    def interrupt() -> None:
+        with replace_folder(target) as folder:
+            (folder / "newer").write_text("newer")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    assert names(target) == ["new"] and names(target.parent) == ["folder"]
+
+
+def test_folder_left_by_a_killed_process_is_not_taken(tmp_path):
+    left = tmp_path / f"folder.tmp-{os.getpid()}"
+    left.mkdir()
+    (left / "half").write_text("half")
+    with replace_folder(tmp_path / "folder") as folder:
+        assert names(folder) == []
+    assert names(tmp_path) == ["folder"]
+
+
+def test_folder_comes_back_where_the_second_rename_fails(tmp_path):
+    target = tmp_path / "folder"
+    target.mkdir()
+    (target / "old").write_text("old")
+    with pytest.raises(FileNotFoundError):
+        move_folder(tmp_path / "missing", target)
+    assert names(target) == ["old"] and names(tmp_path) == ["folder"]
+
+
+def test_lock_is_held_until_closed(tmp_path):
+    with lock_file(tmp_path / "lock"), pytest.raises(BlockingIOError):
+        lock_file(tmp_path / "lock", wait=False)
+    lock_file(tmp_path / "lock", wait=False).close()
+
+
+def make_slowly(target: Path, log: Path, barrier) -> None:
+    def make() -> None:
+        with log.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(0.2)
+        with replace_folder(target) as folder:
+            (folder / "content").write_text("x")
+
+    barrier.wait()
+    make_once(target, make)
+    assert names(target) == ["content"]
+
+
+def test_of_several_processes_one_makes(tmp_path):
+    context = multiprocessing.get_context("fork")
+    target, log, barrier = tmp_path / "cache" / "key", tmp_path / "log", context.Barrier(4)
+    started = [context.Process(target=make_slowly, args=(target, log, barrier)) for _ in range(4)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(30)
+    assert [process.exitcode for process in started] == [0] * 4
+    assert len(log.read_text().splitlines()) == 1
+
+
+def test_what_failed_is_made_by_the_next(tmp_path):
+    target = tmp_path / "key"
+
+    def fail() -> None:
+        raise ValueError("no rows")
+
+    with pytest.raises(ValueError, match="no rows"):
+        make_once(target, fail)
+    make_once(target, target.mkdir)
+    make_once(target, fail)  # it is there
