@@ -5,7 +5,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lclm.checkpoint.folder import CheckpointError
+from lclm.command_line import make_parser, run_tool
 from lclm.hf.convert import convert_from_hf
 
 EPILOG = """\
@@ -23,9 +23,7 @@ Unless it is 0, nothing is written.
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, EPILOG)
     parser.add_argument(
         "--hf-model",
         type=Path,
@@ -42,24 +40,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def run(options: argparse.Namespace) -> None:
+    """Do what the command line asks for; CheckpointError for bad input."""
+    convert_from_hf(
+        options.hf_model,
+        options.output,
+        overwrite=options.overwrite,
+        report=lambda line: print(line, flush=True),
+    )
+    print(f"wrote {options.output}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool and return its exit status."""
     options = build_parser().parse_args(arguments)
-    try:
-        convert_from_hf(
-            options.hf_model,
-            options.output,
-            overwrite=options.overwrite,
-            report=lambda line: print(line, flush=True),
-        )
-    except CheckpointError as error:
-        print(f"convert_from_hf: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # the disk is full, say, or not ours to write
-        print(f"convert_from_hf: error: {error}", file=sys.stderr)
-        return 1
-    print(f"wrote {options.output}")
-    return 0
+    return run_tool("convert_from_hf", run, options, has_log=False)
 
 
 if __name__ == "__main__":

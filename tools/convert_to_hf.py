@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-from lclm.checkpoint.folder import CheckpointError
+from lclm.command_line import make_parser, run_tool
 from lclm.hf.convert import DEFAULT_SHARD_BYTES, EXPORT_DTYPES, convert_to_hf
 
 EPILOG = """\
@@ -37,9 +37,7 @@ def parse_size(text: str) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, EPILOG)
     parser.add_argument(
         "--checkpoint",
         type=Path,
@@ -75,27 +73,24 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def run(options: argparse.Namespace) -> None:
+    """Do what the command line asks for; CheckpointError for bad input."""
+    convert_to_hf(
+        options.checkpoint,
+        options.output,
+        dtype=options.dtype,
+        tokenizer=options.tokenizer,
+        max_shard_bytes=options.max_shard_size,
+        overwrite=options.overwrite,
+        report=lambda line: print(line, flush=True),
+    )
+    print(f"wrote {options.output}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool and return its exit status."""
     options = build_parser().parse_args(arguments)
-    try:
-        convert_to_hf(
-            options.checkpoint,
-            options.output,
-            dtype=options.dtype,
-            tokenizer=options.tokenizer,
-            max_shard_bytes=options.max_shard_size,
-            overwrite=options.overwrite,
-            report=lambda line: print(line, flush=True),
-        )
-    except CheckpointError as error:
-        print(f"convert_to_hf: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # the disk is full, say, or not ours to write
-        print(f"convert_to_hf: error: {error}", file=sys.stderr)
-        return 1
-    print(f"wrote {options.output}")
-    return 0
+    return run_tool("convert_to_hf", run, options, has_log=False)
 
 
 if __name__ == "__main__":

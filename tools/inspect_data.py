@@ -9,6 +9,7 @@ from typing import get_args
 
 import numpy as np
 
+from lclm.command_line import make_parser, run_tool
 from lclm.config import MixtureEntry, Packing
 from lclm.data.domain import Domain
 from lclm.data.indexed import IndexedReader, length_histogram
@@ -40,11 +41,7 @@ TEXT = 200  # characters of a document's start and end
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=DETAILS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__, DETAILS)
     add = parser.add_argument
     add("prefix", nargs="+", help="without .bin or .idx")
     add("--verify", action="store_true", help="read everything and check it")
@@ -170,13 +167,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main(command_line: list[str] | None = None) -> int:
     """Run the tool and return its exit status."""
-    arguments = build_parser().parse_args(command_line)
-    try:
-        run(arguments)
-    except (ValueError, OSError) as error:
-        print(f"inspect_data: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    options = build_parser().parse_args(command_line)
+    return run_tool("inspect_data", run, options, has_log=False, os_error_status=2)
 
 
 if __name__ == "__main__":

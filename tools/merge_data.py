@@ -5,11 +5,11 @@ import argparse
 import logging
 import sys
 
+from lclm.command_line import make_parser, run_tool
 from lclm.data.remote import fetch_prefix
-from lclm.log import setup_logging
 from lclm.prepare.merge import merge_prefixes
 
-LOG = logging.getLogger("lclm.tools")
+logger = logging.getLogger("lclm.tools")
 
 DETAILS = """
 Shards written by preprocess_data.py --shard I/N are joined in their order, whatever the order of
@@ -30,35 +30,27 @@ exit status: 0 success, 1 the machine failed (disk full), 2 bad usage or bad inp
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=DETAILS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__, DETAILS)
     parser.add_argument("--input", nargs="+", required=True, metavar="PREFIX")
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX")
     parser.add_argument("--domain", default="", metavar="NAME", help="name in metrics")
     return parser
 
 
+def run(options: argparse.Namespace) -> None:
+    """Do what the command line asks for; ValueError for bad input."""
+    tokens = merge_prefixes(
+        list(map(fetch_prefix, options.input)), options.output_prefix, options.domain
+    )
+    logger.info(
+        "%s.bin: %d tokens of %d prefixes", options.output_prefix, tokens, len(options.input)
+    )
+
+
 def main(command_line: list[str] | None = None) -> int:
     """Run the tool and return its exit status."""
-    arguments = build_parser().parse_args(command_line)
-    setup_logging()
-    try:
-        tokens = merge_prefixes(
-            list(map(fetch_prefix, arguments.input)), arguments.output_prefix, arguments.domain
-        )
-    except ValueError as error:
-        print(f"merge_data: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"merge_data: error: {error}; nothing was written", file=sys.stderr)
-        return 1
-    LOG.info(
-        "%s.bin: %d tokens of %d prefixes", arguments.output_prefix, tokens, len(arguments.input)
-    )
-    return 0
+    options = build_parser().parse_args(command_line)
+    return run_tool("merge_data", run, options, os_error_note="; nothing was written")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from lclm.command_line import make_parser, run_tool
 from lclm.config_file import load_config
 from lclm.context.plan.choice import choose_fastest, compare_comms
 from lclm.context.plan.cost import CostModel, least_worst_share, predict, traffic_share
 from lclm.context.plan.layouts import RowPlan, candidate_plans, default_chunk, plan_row
 from lclm.context.plan.lengths import read_histogram
 from lclm.context.plan.rates import LINKS, RATES_NAME, published, read_machine
+from lclm.files import replace_files
 from lclm.train.stages import attention_cost, plan_stages, spread_rows
 
 EPILOG = """\
@@ -51,9 +52,7 @@ def cp_sizes(text: str) -> list[int]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, EPILOG)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", type=Path, metavar="FILE", help="configuration of a run")
     source.add_argument("--histogram", type=Path, metavar="CSV", help="lengths of documents")
@@ -206,12 +205,10 @@ def draw(plans: dict[str, RowPlan], cost: CostModel, path: Path) -> None:
         bars_axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize="small")
         for axis in (spans_axis, bars_axis):
             axis.invert_yaxis()
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
-        figure.savefig(temporary, format="png", dpi=110)
-        os.replace(temporary, path)
+        with replace_files(path) as (temporary,):
+            figure.savefig(temporary, format="png", dpi=110)
     finally:
-        temporary.unlink(missing_ok=True)
         pyplot.close(figure)
 
 
@@ -249,12 +246,7 @@ def show(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool and return its exit status."""
     options = build_parser().parse_intermixed_args(arguments)
-    try:
-        show(options)
-    except (ValueError, OSError) as error:
-        print(f"plan_context: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_tool("plan_context", show, options, has_log=False, os_error_status=2)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,15 @@ import re
 import sys
 from concurrent.futures.process import BrokenProcessPool
 
+from lclm.command_line import ToolFailedError, make_parser, run_tool
 from lclm.data.remote import fetch_inputs
 from lclm.data.tokenizer import load_tokenizer
-from lclm.log import setup_logging
 from lclm.prepare.chat import TEMPLATES
 from lclm.prepare.chat_encoder import encode_conversations
 from lclm.prepare.encoder import EncodeOptions, EncodeSummary, encode_sources
 from lclm.prepare.readers import find_sources
 
-LOG = logging.getLogger("lclm.tools")
+logger = logging.getLogger("lclm.tools")
 NUM_CORES = len(os.sched_getaffinity(0))
 
 DETAILS = """
@@ -74,11 +74,7 @@ exit status: 0 success, 1 the machine failed (disk full, a worker killed), 2 bad
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=DETAILS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__, DETAILS)
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="PATH", help="files, folders, URLs")
     add("--output-prefix", required=True, metavar="PREFIX", help="for example data/books")
@@ -146,10 +142,10 @@ def parse_shard(text: str) -> tuple[int, int]:
     return number - 1, count
 
 
-def run(arguments: argparse.Namespace) -> EncodeSummary:
-    """Do what the command line asks for; ValueError for bad input."""
+def encode(arguments: argparse.Namespace) -> EncodeSummary:
+    """Encode what the command line asks for; ValueError for bad input."""
     if arguments.chat:
-        return run_chat(arguments)
+        return encode_chat(arguments)
     if arguments.chat_template or arguments.prompt_weight is not None:
         raise ValueError("--chat-template and --prompt-weight: apply with --chat only")
     tokenizer = load_tokenizer(arguments.tokenizer)
@@ -178,7 +174,7 @@ def run(arguments: argparse.Namespace) -> EncodeSummary:
     )
 
 
-def run_chat(arguments: argparse.Namespace) -> EncodeSummary:
+def encode_chat(arguments: argparse.Namespace) -> EncodeSummary:
     """The same for conversations."""
     keys = arguments.json_keys or ["messages"]
     refused = {
@@ -210,47 +206,42 @@ def run_chat(arguments: argparse.Namespace) -> EncodeSummary:
     )
 
 
-def main(command_line: list[str] | None = None) -> int:
-    """Run the tool and return its exit status."""
-    arguments = build_parser().parse_args(command_line)
-    setup_logging()
+def run(arguments: argparse.Namespace) -> None:
+    """Encode and say what came out; ToolFailedError where a worker died, else as `encode`."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # --workers says how many cores to use
     try:
-        summary = run(arguments)
-    except ValueError as error:
-        print(f"preprocess_data: error: {error}", file=sys.stderr)
-        return 2
-    except BrokenProcessPool:
-        print(
-            "preprocess_data: error: a worker process died, most often because memory ran out; the "
-            "same command with fewer --workers goes on where this one stopped",
-            file=sys.stderr,
-        )
-        return 1
-    except OSError as error:
-        print(f"preprocess_data: error: {error}; nothing was written", file=sys.stderr)
-        return 1
+        summary = encode(arguments)
+    except BrokenProcessPool as error:
+        raise ToolFailedError(
+            "a worker process died, most often because memory ran out; the same command with "
+            "fewer --workers goes on where this one stopped"
+        ) from error
     if summary.num_skipped or summary.num_binary:
-        LOG.warning(
+        logger.warning(
             "left out: %d lines or files with errors, %d files that are not text; the first: %s",
             summary.num_skipped,
             summary.num_binary,
             "; ".join(summary.named),
         )
     if summary.num_short or summary.num_long:
-        LOG.info(
+        logger.info(
             "left out: %d documents of fewer than --min-tokens, %d of more than --max-tokens",
             summary.num_short,
             summary.num_long,
         )
-    LOG.info(
+    logger.info(
         "%s: %d documents, %d tokens, %d empty documents",
         ", ".join(f"{prefix}.bin" for prefix in summary.prefixes),
         summary.num_documents,
         summary.num_tokens,
         summary.num_empty,
     )
-    return 0
+
+
+def main(command_line: list[str] | None = None) -> int:
+    """Run the tool and return its exit status."""
+    options = build_parser().parse_args(command_line)
+    return run_tool("preprocess_data", run, options, os_error_note="; nothing was written")
 
 
 if __name__ == "__main__":

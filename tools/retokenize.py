@@ -5,12 +5,12 @@ import argparse
 import logging
 import sys
 
+from lclm.command_line import make_parser, run_tool
 from lclm.data.remote import fetch_dataset
 from lclm.data.tokenizer import load_tokenizer
-from lclm.log import setup_logging
 from lclm.prepare.retokenize import retokenize
 
-LOG = logging.getLogger("lclm.tools")
+logger = logging.getLogger("lclm.tools")
 
 DETAILS = """
 input
@@ -34,11 +34,7 @@ exit status: 0 success, 1 the machine failed (disk full), 2 bad usage or bad inp
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=DETAILS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__, DETAILS)
     add = parser.add_argument
     add("--input", required=True, metavar="PATH", help="MDS folder or indexed prefix")
     add("--tokenizer", required=True, metavar="PATH", help="the tokenizer that wrote the input")
@@ -50,28 +46,24 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def run(options: argparse.Namespace) -> None:
+    """Do what the command line asks for; ValueError for bad input."""
+    num_documents, num_tokens = retokenize(
+        fetch_dataset(options.input),
+        options.output_prefix,
+        load_tokenizer(options.tokenizer),
+        load_tokenizer(options.to_tokenizer) if options.to_tokenizer else None,
+        options.append_eod,
+        options.prepend_bos,
+        options.domain,
+    )
+    logger.info("%s.bin: %d documents, %d tokens", options.output_prefix, num_documents, num_tokens)
+
+
 def main(command_line: list[str] | None = None) -> int:
     """Run the tool and return its exit status."""
-    arguments = build_parser().parse_args(command_line)
-    setup_logging()
-    try:
-        num_documents, num_tokens = retokenize(
-            fetch_dataset(arguments.input),
-            arguments.output_prefix,
-            load_tokenizer(arguments.tokenizer),
-            load_tokenizer(arguments.to_tokenizer) if arguments.to_tokenizer else None,
-            arguments.append_eod,
-            arguments.prepend_bos,
-            arguments.domain,
-        )
-    except ValueError as error:
-        print(f"retokenize: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"retokenize: error: {error}; nothing was written", file=sys.stderr)
-        return 1
-    LOG.info("%s.bin: %d documents, %d tokens", arguments.output_prefix, num_documents, num_tokens)
-    return 0
+    options = build_parser().parse_args(command_line)
+    return run_tool("retokenize", run, options, os_error_note="; nothing was written")
 
 
 if __name__ == "__main__":

@@ -4,21 +4,21 @@
 import argparse
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from lclm.command_line import make_parser, run_tool
 from lclm.data.remote import fetch_inputs
 from lclm.data.tokenizer import LLAMA3_PATTERN
-from lclm.log import setup_logging
+from lclm.files import replace_text
 from lclm.prepare.documents import read_unit
 from lclm.prepare.progress import Progress
 from lclm.prepare.readers import Problem, Source, find_sources, iterate_units
 
-LOG = logging.getLogger("lclm.tools")
+logger = logging.getLogger("lclm.tools")
 
 BOS, EOD = "<|begin_of_text|>", "<|end_of_text|>"
 NUM_FIXED = 256 + 2  # every byte, and the two special tokens: any text can be encoded
@@ -45,9 +45,7 @@ exit status: 0 success, 1 the file system failed, 2 bad usage or bad input
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=DETAILS, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, DETAILS)
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="PATH", help="files, folders, URLs")
     add("--vocab-size", required=True, type=int, metavar="N", help=f"at least {NUM_FIXED}")
@@ -99,8 +97,8 @@ def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Train and write; returns the size of the vocabulary. ValueError for bad input."""
+def run(arguments: argparse.Namespace) -> None:
+    """Train and write; ValueError for bad input."""
     if arguments.vocab_size < NUM_FIXED:
         raise ValueError(
             f"--vocab-size {arguments.vocab_size}: must be at least {NUM_FIXED}, one token for each"
@@ -134,43 +132,23 @@ def run(arguments: argparse.Namespace) -> int:
         "model_max_length": 10**30,  # transformers' way to say: no limit
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
-    write(arguments.output / "tokenizer.json", tokenizer.to_str(pretty=True))
-    write(arguments.output / "tokenizer_config.json", json.dumps(config, indent=2))
-    return size
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file that appears under its name only when complete."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def main(command_line: list[str] | None = None) -> int:
-    """Run the tool and return its exit status."""
-    arguments = build_parser().parse_args(command_line)
-    setup_logging()
-    try:
-        size = run(arguments)
-    except ValueError as error:
-        print(f"train_tokenizer: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"train_tokenizer: error: {error}", file=sys.stderr)
-        return 1
+    replace_text(arguments.output / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
+    replace_text(arguments.output / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
     if size < arguments.vocab_size:
-        LOG.warning(
+        logger.warning(
             "the vocabulary has %d tokens, not the %d asked for: the text has no more pairs to "
             "merge; give more text or set model.vocab_size to %d",
             size,
             arguments.vocab_size,
             size,
         )
-    LOG.info("%s: %d tokens", arguments.output / "tokenizer.json", size)
-    return 0
+    logger.info("%s: %d tokens", arguments.output / "tokenizer.json", size)
+
+
+def main(command_line: list[str] | None = None) -> int:
+    """Run the tool and return its exit status."""
+    options = build_parser().parse_args(command_line)
+    return run_tool("train_tokenizer", run, options)
 
 
 if __name__ == "__main__":
