@@ -1,7 +1,5 @@
 """The tokenizer's files travel with a checkpoint; here is which they are and what ids they tell."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ The rotary embedding stands in `config.json` in two forms: `rope_parameters` (tr
 `rope_theta` with `rope_scaling` (before). Both are read, both are written.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

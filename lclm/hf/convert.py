@@ -4,8 +4,6 @@ Weights keep their bits (types are changed only where asked for, or where a type
 theirs -> ours -> theirs gives the same tensors.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Callable

@@ -10,8 +10,6 @@ N query heads, K kv heads, G = N / K, H head size, V vocabulary.
 Both sides pair the rotary halves (i, i + H/2), so no row of q or k moves.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ and none is kept. Format: https://huggingface.co/docs/safetensors (8 bytes littl
 length, JSON header padded with spaces, data without gaps).
 """
 
-from __future__ import annotations
-
 import json
 import os
 import struct

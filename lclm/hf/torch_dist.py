@@ -6,8 +6,6 @@ core.py, strategies/common.py) looks for: `metadata.json`, which names the forma
 with what is not a tensor (nothing here).
 """
 
-from __future__ import annotations
-
 import json
 import pickle
 from collections.abc import Callable, Mapping

@@ -15,8 +15,6 @@ from typing import Any
 
 from lclm.data.tokenizer import Tokenizer
 
-__all__ = ["TEMPLATES", "ChatTemplate", "check_messages"]
-
 TEMPLATES = ("llama3", "chatml", "tokenizer")
 ESCAPE = "\ue000"  # private use: put into contents that spell special tokens while Jinja runs
 Message = Mapping[str, str]

@@ -28,12 +28,10 @@ from lclm.prepare.readers import BLOCK_BYTES, PARQUET, Problem, Source, Unit, it
 from lclm.prepare.resume import State, Unfinished
 from lclm.prepare.worker import Encoded, EncodeOptions, Worker, WorkerState
 
-__all__ = ["EncodeOptions", "EncodeSummary", "encode_sources"]
-
 NUM_NAMED = 5  # problems named in full
 SAMPLE_UNITS = 4  # of which documents are taken to compare tokenizer libraries
 SAMPLE_TEXTS = 8  # of each
-_LOG = logging.getLogger("lclm.data")
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -86,9 +84,9 @@ def encode_sources(
     inputs = _hash_inputs(sources, tokenizer, described | {"block": block_bytes})
     with Unfinished(output_prefix, inputs, len(keys), len(sources)) as work:
         if work.was_discarded:
-            _LOG.warning("%s: held work on other inputs or options; started anew", work.folder)
+            logger.warning("%s: held work on other inputs or options; started anew", work.folder)
         if work.has_resumed:
-            _LOG.info("%s: going on after %d units", work.folder, work.state.units)
+            logger.info("%s: going on after %d units", work.folder, work.state.units)
         try:
             _encode_rest(sources, tokenizer, options, work, block_bytes)
             _check_result(sources, options, work.state)

@@ -25,8 +25,6 @@ from lclm.data.tokenizer import (
     without_spellable_specials,
 )
 
-__all__ = ["Encoder", "Library", "Text", "choose_library", "load_gigatoken", "make_plain_json"]
-
 Library = Literal["auto", "gigatoken", "standard"]
 Text = str | bytes  # bytes: its UTF-8
 
@@ -47,7 +45,7 @@ PROBES = (
     "a" * 3000 + " " * 3000 + "\n" * 300 + "=" * 3000,
     "<s></s><unk><pad>[CLS][SEP][PAD]<|endoftext|><|im_start|>user<|im_end|>",
 )
-_LOG = logging.getLogger("lclm.data")
+logger = logging.getLogger(__name__)
 
 
 def make_plain_json(tokenizer: Tokenizer) -> str:
@@ -207,7 +205,7 @@ def choose_library(tokenizer: Tokenizer, wish: Library, samples: Sequence[str]) 
         ValueError: gigatoken was asked for by name and cannot be used.
     """
     if wish == "standard":
-        _LOG.info("tokenizer: the standard library (%s) encodes, as asked", tokenizer.kind)
+        logger.info("tokenizer: the standard library (%s) encodes, as asked", tokenizer.kind)
         return None
     try:
         plain_json = make_plain_json(tokenizer)
@@ -217,7 +215,7 @@ def choose_library(tokenizer: Tokenizer, wish: Library, samples: Sequence[str]) 
     except (KeyError, TypeError, ValueError) as error:
         reason = str(error)
     if not reason:
-        _LOG.info(
+        logger.info(
             "tokenizer: gigatoken encodes; its ids equal %s's on %d texts",
             tokenizer.kind,
             len(PROBES) + len(samples),
@@ -225,7 +223,7 @@ def choose_library(tokenizer: Tokenizer, wish: Library, samples: Sequence[str]) 
         return plain_json
     if wish == "gigatoken":
         raise ValueError(f"--tokenizer-library gigatoken, tokenizer {tokenizer.path}: {reason}")
-    _LOG.warning(
+    logger.warning(
         "tokenizer: the standard library (%s) encodes, many times slower: %s",
         tokenizer.kind,
         reason,

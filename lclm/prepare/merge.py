@@ -7,8 +7,6 @@ from typing import Any
 
 from lclm.data.indexed import IndexedReader, IndexedWriter, dtype_for_vocab, read_all_lengths
 
-__all__ = ["merge_prefixes"]
-
 
 def merge_prefixes(prefixes: Sequence[str], output_prefix: str, domain: str = "") -> int:
     """Join prefixes, in the order given, into `<output_prefix>.bin/.idx/.json`.

@@ -19,8 +19,6 @@ from lclm.prepare.readers import Unit
 from lclm.prepare.resume import Unfinished, write_tokens
 from lclm.prepare.worker import Encoded, Worker, WorkerState
 
-__all__ = ["encode_in_pool"]
-
 UNITS_AHEAD = 3  # per worker, handed out before the oldest result is needed
 PARENT_SECONDS = 1.0
 

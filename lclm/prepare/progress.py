@@ -3,14 +3,11 @@
 import logging
 import sys
 import time
-from types import TracebackType
 
 from tqdm import tqdm
 
-__all__ = ["Progress", "format_seconds"]
-
 LOG_SECONDS = 10.0
-_LOG = logging.getLogger("lclm.data")
+logger = logging.getLogger(__name__)
 
 
 class Progress:
@@ -31,12 +28,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         if self._bar is not None:
             self._bar.close()
 
@@ -54,7 +46,7 @@ class Progress:
             rate = max(self._done - self._before, 1) / max(now - self._start, 1e-9)
             left = format_seconds((self._total - self._done) / rate)
             speed = f"{rate / 1e6:.1f} MB/s"
-            _LOG.info(
+            logger.info(
                 "%s: %.0f %% of input, %s, %s left, %s", self._label, share, speed, left, note
             )
 

@@ -19,8 +19,6 @@ from lclm.prepare.pool import UNITS_AHEAD
 from lclm.prepare.readers import Unit
 from lclm.prepare.worker import Encoded, Worker, WorkerState
 
-__all__ = ["encode_on_ray"]
-
 CONNECT_SECONDS = 10.0
 
 

@@ -14,8 +14,6 @@ from typing import Any, BinaryIO, Literal
 
 from lclm.files import import_optional
 
-__all__ = ["Problem", "Source", "Unit", "find_sources", "iterate_units"]
-
 GroupBy = Literal["file", "repo"]
 
 BLOCK_BYTES = 4 << 20  # input of one unit; one document may be longer

@@ -13,7 +13,6 @@ import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
@@ -96,12 +95,7 @@ class Unfinished:
         self.save()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._lock.close()
 
     def _holds(self, state: State) -> bool:

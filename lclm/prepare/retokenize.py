@@ -11,8 +11,6 @@ from lclm.data.mds import MdsReader
 from lclm.data.tokenizer import Tokenizer
 from lclm.prepare.gigatoken import Encoder, Library, choose_library
 
-__all__ = ["MASK_VALUES", "retokenize"]
-
 MASK_VALUES = (0.0, 1.0)  # weights that a mask of 0 and 1 stands for
 BATCH_DOCS = 256
 SAMPLE_DOCS = 16

@@ -7,8 +7,6 @@ import numpy as np
 
 from lclm.data.indexed import IndexedReader, dtype_for_vocab, length_histogram
 
-__all__ = ["Verified", "verify_prefix"]
-
 BLOCK_TOKENS = 1 << 22
 
 

@@ -12,8 +12,6 @@ from lclm.prepare.documents import read_unit
 from lclm.prepare.gigatoken import Encoder, Library, Text
 from lclm.prepare.readers import Problem, Unit
 
-__all__ = ["EncodeOptions", "Encoded", "Worker", "WorkerState"]
-
 BATCH_CHARS = 1 << 18  # characters handed to the tokenizer at once, unless one text is longer
 BATCH_TEXTS = 1024
 FIRST_ROOM = 1 << 20  # tokens

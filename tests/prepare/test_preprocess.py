@@ -13,8 +13,9 @@ from megatron.core.tokenizers.text.libraries import HuggingFaceTokenizer
 
 from lclm.data.indexed import IndexedReader
 from lclm.data.tokenizer import load_tokenizer
-from lclm.prepare.encoder import EncodeOptions, encode_sources
+from lclm.prepare.encoder import encode_sources
 from lclm.prepare.readers import find_sources
+from lclm.prepare.worker import EncodeOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("hf", "tiktoken", "sentencepiece")

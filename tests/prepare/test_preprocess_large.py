@@ -16,10 +16,11 @@ import pytest
 from lclm.data.indexed import IndexedReader
 from lclm.data.tokenizer import load_tokenizer
 from lclm.prepare import gigatoken
-from lclm.prepare.encoder import EncodeOptions, encode_sources
+from lclm.prepare.encoder import encode_sources
 from lclm.prepare.gigatoken import Encoder, choose_library, make_plain_json
 from lclm.prepare.merge import merge_prefixes
 from lclm.prepare.readers import find_sources
+from lclm.prepare.worker import EncodeOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 ENDINGS = (".bin", ".idx", ".json")

@@ -13,10 +13,10 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from lclm.data.tokenizer import load_tokenizer
-from lclm.prepare.encoder import EncodeOptions, encode_sources
+from lclm.prepare.encoder import encode_sources
 from lclm.prepare.ray import _encode, encode_on_ray
 from lclm.prepare.readers import Unit, find_sources
-from lclm.prepare.worker import WorkerState
+from lclm.prepare.worker import EncodeOptions, WorkerState
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK_BYTES = 2000

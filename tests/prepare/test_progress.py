@@ -12,7 +12,7 @@ from lclm.prepare.progress import Progress
 @pytest.fixture
 def lines(monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("lclm"), "propagate", True)
-    caplog.set_level(logging.INFO, logger="lclm.data")
+    caplog.set_level(logging.INFO, logger="lclm.prepare")
     return caplog
 
 

@@ -10,8 +10,9 @@ from lclm.data.indexed import IndexedReader
 from lclm.data.tokenizer import load_tokenizer
 from lclm.prepare import gigatoken
 from lclm.prepare.chat import ChatTemplate
-from lclm.prepare.encoder import EncodeOptions, encode_sources
+from lclm.prepare.encoder import encode_sources
 from lclm.prepare.readers import find_sources
+from lclm.prepare.worker import EncodeOptions
 
 TALK = [  # no space at the ends of a turn: Hugging Face's template strips it, Meta's code does not
     {"role": "system", "content": "be kind"},
