@@ -20,6 +20,7 @@ from lclm.files import replace_folder, replace_text
 INFO_NAME = "lclm.json"
 LATEST_NAME = "latest"
 TOKENIZER_FOLDER = "tokenizer"
+MODEL_PREFIX = "model."  # of the weights' keys
 FORMAT_VERSION = 1
 DTYPES = ("float32", "bfloat16")
 

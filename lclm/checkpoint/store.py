@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from lclm.checkpoint.folder import (
+    MODEL_PREFIX,
     TOKENIZER_FOLDER,
     CheckpointError,
     CheckpointInfo,
@@ -32,7 +33,6 @@ from lclm.model.llama import LlamaModel
 
 logger = logging.getLogger(__name__)
 
-MODEL_PREFIX = "model."
 EXTRA_STATE = "_extra_state"
 
 

@@ -15,6 +15,7 @@ import torch
 from lclm import __version__
 from lclm.checkpoint.folder import (
     FORMAT_VERSION,
+    MODEL_PREFIX,
     TOKENIZER_FOLDER,
     CheckpointError,
     CheckpointInfo,
@@ -49,7 +50,6 @@ from lclm.hf.safetensors_folder import (
 from lclm.hf.torch_dist import StoredTensor, TorchDistReader, write_torch_dist
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-MODEL_PREFIX = "model."
 EXPORT_DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 Report = Callable[[str], None]

@@ -121,10 +121,6 @@ class TorchDistReader:
             if isinstance(entry, TensorStorageMetadata)
         }
 
-    def keys(self) -> list[str]:
-        """Keys of the tensors, in the order of the index."""
-        return list(self.tensors())
-
     def load(self, key: str) -> torch.Tensor:
         """The whole global tensor on the CPU, in its stored type.
 

@@ -48,7 +48,7 @@ def write(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
 
 def assert_reads(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     reader = TorchDistReader(folder)
-    assert set(reader.keys()) == set(weights)
+    assert set(reader.tensors()) == set(weights)
     for key, weight in weights.items():
         loaded = reader.load(key)
         assert loaded.dtype == weight.dtype and torch.equal(loaded, weight), key
@@ -167,7 +167,7 @@ def test_absent_and_damaged_files_are_named(tmp_path):
     file.write_bytes(b"\0" * len(content))
     reader = TorchDistReader(folder)
     with pytest.raises(CheckpointError, match="cannot be read"):
-        deque(map(reader.load, reader.keys()), maxlen=0)
+        deque(map(reader.load, reader.tensors()), maxlen=0)
     (folder / ".metadata").write_bytes(b"nonsense")
     with pytest.raises(CheckpointError, match=r"\.metadata: cannot be read"):
         TorchDistReader(folder)
