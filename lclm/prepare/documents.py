@@ -1,5 +1,6 @@
 """The documents of a unit of input: JSON lines, rows of Parquet files, whole text files."""
 
+import io
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -45,14 +46,14 @@ def read_records(unit: Unit) -> Iterator[dict[str, Any] | Problem | None]:
             yield Problem(unit.path, number, str(error))
 
 
-def _lines_of(unit: Unit, path: Path) -> list[bytes]:
-    if unit.lines is not None:
-        data = unit.lines
-    else:
+def _lines_of(unit: Unit, path: Path) -> Iterator[bytes]:
+    data = unit.lines
+    if data is None:
         with open(path, "rb") as file:
             file.seek(unit.start)
             data = file.read(unit.end - unit.start)
-    return data.removesuffix(b"\n").split(b"\n") if data else []
+    for line in io.BytesIO(data):  # one at a time: a list of all would be fresh memory, slow
+        yield line.removesuffix(b"\n")
 
 
 def _read_lines(
@@ -80,9 +81,9 @@ def _texts_fast(
     line: bytes, keys: Sequence[str], escaped: re.Pattern[bytes]
 ) -> tuple[str, ...] | None:
     """Texts of a line that orjson reads as json does; None where json must look at the line."""
-    if any(line.count(b'"%s"' % key.encode()) != 1 for key in keys):
+    if any(line.count(b'"%s"' % key.encode()) != 1 or not key.isascii() for key in keys):
         return None  # a key may be there twice, of which orjson keeps the last
-    if b"\\u" in line and escaped.search(line):
+    if b"\\u00" in line and escaped.search(line):
         return None  # so may one whose letters are escapes
     try:
         record = orjson.loads(line)
