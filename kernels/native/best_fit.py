@@ -7,8 +7,6 @@ import numpy as np
 
 from lclm_kernels.native.ops import check_lengths, choose_library
 
-__all__ = ["BestFitRows", "pack_best_fit", "seeded_order"]
-
 MAX_ITEMS = 2**31 - 1  # numbers are int32
 
 

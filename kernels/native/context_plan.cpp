@@ -25,17 +25,9 @@ namespace {
 using lclm::Int;
 using lclm::Ints;
 using lclm::Ledger;
+using lclm::Numbers;
 using lclm::Row;
 using lclm::rank_cost;
-
-constexpr Int kFillParts = 16;        // filler shares are in sixteenths of the row
-constexpr Int kFillShares[] = {1, 2, 3, 4, 6, 8, 12};
-constexpr int kOverfillShifts[] = {3, 4};  // a rank may take 1/8 or 1/16 above its target
-constexpr Int kPartners = 8;          // a round looks at exchanges with the best-off ranks
-constexpr Int kCandidates = 16;       // and at this many chunks of each rank
-constexpr Int kPairBudget = 1 << 19;  // exchanges looked at in all rounds, about
-constexpr Int kMinRounds = 16;
-constexpr Int kMaxRounds = 128;
 
 Int floor_div(Int a, Int b) {  // b > 0
   const Int quotient = a / b;
@@ -69,9 +61,9 @@ Groups sort_groups(const Row& row) {
 // by its area above the fillers' mean, so filling up later to equal tokens keeps areas equal.
 class Deal {
  public:
-  Deal(const Row& row, const Groups& groups, Int fill_share, int overfill_shift)
+  Deal(const Row& row, const Groups& groups, Int fill_share, Int overfill_shift)
       : row_(row), groups_(groups), owner(row.num_chunks, -1), room_(row.ranks, row.quota) {
-    const Int wanted = row.num_chunks * fill_share / kFillParts;
+    const Int wanted = row.num_chunks * fill_share / row.numbers.fill_parts;
     Int first_filler = Int(groups.order.size()), tokens = 0, area = 0;
     while (first_filler > 0 && tokens + groups.size[groups.order[first_filler - 1]] <= wanted) {
       const Int g = groups.order[--first_filler];
@@ -208,23 +200,23 @@ Ints sample_chunks(const Ledger& ledger, const Ints& ranks, Int offset, Int stri
 }
 
 // The ranks, but for one, that cost least.
-Ints best_off(const Ints& cost, Int except) {
+Ints best_off(const Ints& cost, Int except, Int partners) {
   Ints ranks;
   for (Int rank = 0; rank < Int(cost.size()); ++rank) {
     if (rank != except) ranks.push_back(rank);
   }
   std::stable_sort(ranks.begin(), ranks.end(), [&](Int a, Int b) { return cost[a] < cost[b]; });
-  if (Int(ranks.size()) > kPartners) ranks.resize(kPartners);
+  if (Int(ranks.size()) > partners) ranks.resize(partners);
   return ranks;
 }
 
 // Make the best exchange found of a chunk of `rank` with a chunk of another; false if none helps.
 // A chunk is never exchanged with the head of its own chain: their effects do not add up.
 bool improve(const Row& row, Ledger& ledger, Int rank, Int round) {
-  const Int stride = (row.quota + kCandidates - 1) / kCandidates;
+  const Int stride = (row.quota + row.numbers.candidates - 1) / row.numbers.candidates;
   Ints cost(row.ranks), giving, taking, heading, other_taking(row.ranks), other_heading(row.ranks);
   for (Int other = 0; other < row.ranks; ++other) cost[other] = ledger.cost(other);
-  const Ints partners = best_off(cost, rank);
+  const Ints partners = best_off(cost, rank, row.numbers.partners);
   const Ints mine = sample_chunks(ledger, {rank}, round % stride, stride);
   const Ints theirs = sample_chunks(ledger, partners, round / stride % stride, stride);
   for (Int b : theirs) {
@@ -264,9 +256,11 @@ bool improve(const Row& row, Ledger& ledger, Int rank, Int round) {
 
 // Rounds for the rank that costs most; one that could not be helped waits for another's change.
 void refine(const Row& row, Ledger& ledger) {
-  const Int candidates = std::min(kCandidates, row.quota);
-  const Int pairs = candidates * candidates * std::min(kPartners, row.ranks - 1);
-  const Int rounds = std::clamp(kPairBudget / std::max<Int>(1, pairs), kMinRounds, kMaxRounds);
+  const Numbers& numbers = row.numbers;
+  const Int candidates = std::min(numbers.candidates, row.quota);
+  const Int pairs = candidates * candidates * std::min(numbers.partners, row.ranks - 1);
+  const Int rounds = std::clamp(numbers.pair_budget / std::max<Int>(1, pairs),
+                                numbers.min_rounds, numbers.max_rounds);
   std::vector<char> is_stuck(row.ranks, 0);
   for (Int round = 0; round < rounds; ++round) {
     Int worst = -1, worst_cost = 0;
@@ -288,22 +282,22 @@ void refine(const Row& row, Ledger& ledger) {
 
 extern "C" {
 
-// owner[i]: rank of chunk i, int32 [row length / chunk]. The caller has checked that the lengths
-// are positive and that chunk * num_ranks divides their sum.
+// owner[i]: rank of chunk i, int32 [row length / chunk]. deals[num_deals][2]: fill share
+// and overfill shift of each deal to make. The caller has checked that the lengths are positive and that
+// chunk * num_ranks divides their sum.
 void lclm_assign_chunks(const std::int64_t* doc_lengths, std::int64_t num_docs,
-                        std::int64_t num_ranks, std::int64_t chunk, std::int32_t* owner) {
-  const Row row = lclm::make_row(doc_lengths, num_docs, num_ranks, chunk);
+                        std::int64_t num_ranks, std::int64_t chunk, const Numbers* numbers,
+                        const std::int64_t* deals, std::int64_t num_deals, std::int32_t* owner) {
+  const Row row = lclm::make_row(doc_lengths, num_docs, num_ranks, chunk, *numbers);
   const Groups groups = sort_groups(row);
   Ints best;
   Int best_cost = -1;
-  for (int shift : kOverfillShifts) {
-    for (Int share : kFillShares) {
-      Deal deal(row, groups, share, shift);
-      const Int cost = Ledger(row, deal.owner).total_cost();
-      if (best_cost >= 0 && cost >= best_cost) continue;
-      best_cost = cost;
-      best = std::move(deal.owner);
-    }
+  for (Int k = 0; k < num_deals; ++k) {
+    Deal deal(row, groups, deals[2 * k], deals[2 * k + 1]);
+    const Int cost = Ledger(row, deal.owner).total_cost();
+    if (best_cost >= 0 && cost >= best_cost) continue;
+    best_cost = cost;
+    best = std::move(deal.owner);
   }
   Ledger ledger(row, std::move(best));
   refine(row, ledger);

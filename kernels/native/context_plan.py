@@ -62,15 +62,9 @@ def assign_chunks(
 
 
 def _native(library: ctypes.CDLL, lengths: np.ndarray, num_ranks: int, chunk: int) -> np.ndarray:
-    try:
-        function = library.lclm_assign_chunks
-    except AttributeError as error:
-        raise ValueError(
-            "assign_chunks: the native library was built before this function was added; rebuild "
-            "it (pip install -e .) or delete it to use the NumPy twin"
-        ) from error
-    i64, array = ctypes.c_int64, ctypes.c_void_p
-    function.argtypes, function.restype = [array, i64, i64, i64, array], None
+    numbers = np.array(context_plan_reference.NUMBERS, np.int64)
+    deals = np.array(context_plan_reference.DEALS, np.int64)
     owner = np.empty(int(lengths.sum()) // chunk, dtype=np.int32)
-    function(lengths.ctypes.data, len(lengths), num_ranks, chunk, owner.ctypes.data)
+    inputs = (lengths.ctypes.data, len(lengths), num_ranks, chunk, numbers.ctypes.data)
+    library.lclm_assign_chunks(*inputs, deals.ctypes.data, len(deals), owner.ctypes.data)
     return owner

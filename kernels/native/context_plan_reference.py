@@ -1,25 +1,34 @@
 """NumPy twin of context_plan.cpp: the same decisions in the same order, on integers.
 
-See the top of context_plan.cpp for the idea; names and constants are the same there. Change both
-or neither. "Units" of area are visible query-key pairs divided by a power of the row's size.
+See the top of context_plan.cpp for the idea; names are the same there. Change both or
+neither; the numbers stand here alone. "Units" of area are visible query-key pairs divided by a
+power of the row's size.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-SHARE = 4096  # area and traffic are weighed in 1/4096 of a fair share
-FREE_SHARE = SHARE // 8  # of a ring: traffic that hides under the work anyway
-FRACTION_BITS = 32  # of the multipliers that replace divisions
-AREA_BITS = 20  # a rank's fair share of area is at least 2^20 units
-FILL_PARTS = 16  # filler shares are in sixteenths of the row
-FILL_SHARES = (1, 2, 3, 4, 6, 8, 12)
-OVERFILL_SHIFTS = (3, 4)  # a rank may take 1/8 or 1/16 above its target
-PARTNERS = 8  # a round looks at exchanges with the best-off ranks
-CANDIDATES = 16  # and at this many chunks of each rank
-PAIR_BUDGET = 1 << 19  # exchanges looked at in all rounds, about
-MIN_ROUNDS = 16
-MAX_ROUNDS = 128
+
+class Numbers(NamedTuple):
+    """What shapes a plan, for both implementations; context_row.h has the fields in this order."""
+
+    share: int = 4096  # area and traffic are weighed in 1/4096 of a fair share
+    free_share: int = 4096 // 8  # of a ring: traffic that hides under the work anyway
+    fraction_bits: int = 32  # of the multipliers that replace divisions
+    area_bits: int = 20  # a rank's fair share of area is at least 2^20 units
+    fill_parts: int = 16  # filler shares are in sixteenths of the row
+    partners: int = 8  # a round looks at exchanges with the best-off ranks
+    candidates: int = 16  # and at this many chunks of each rank
+    pair_budget: int = 1 << 19  # exchanges looked at in all rounds, about
+    min_rounds: int = 16
+    max_rounds: int = 128
+
+
+NUMBERS = Numbers()
+# filler share and overfill shift of each deal: a rank may take 1/8 or 1/16 above its target
+DEALS = [(share, shift) for shift in (3, 4) for share in (1, 2, 3, 4, 6, 8, 12)]
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,7 @@ def make_row(lengths: np.ndarray, ranks: int, chunk: int) -> Row:
     inside = borders[:-1] - starts[doc]
     before = (np.cumsum(whole) - whole)[doc] + inside * (inside + 1) // 2
     area = np.diff(np.append(before, whole.sum()))
-    area //= max(1, (int(whole.sum()) // ranks) >> AREA_BITS)
+    area //= max(1, (int(whole.sum()) // ranks) >> NUMBERS.area_bits)
 
     first, last = starts // chunk, (ends - 1) // chunk
     crossing = np.flatnonzero(last > first)
@@ -70,7 +79,9 @@ def make_row(lengths: np.ndarray, ranks: int, chunk: int) -> Row:
     group_start = [0, *(np.flatnonzero(~joins) + 1).tolist(), num_chunks]
 
     fair_area = max(1, int(area.sum()) // ranks)
-    traffic_factor = (SHARE << FRACTION_BITS) // max(1, (ranks - 1) * (length // ranks))
+    traffic_factor = (NUMBERS.share << NUMBERS.fraction_bits) // max(
+        1, (ranks - 1) * (length // ranks)
+    )
     least = max(0, int(lengths.max()) - length // ranks)
     return Row(
         ranks=ranks,
@@ -85,17 +96,17 @@ def make_row(lengths: np.ndarray, ranks: int, chunk: int) -> Row:
         high=high,
         group_start=group_start,
         fair_area=fair_area,
-        area_factor=(SHARE << FRACTION_BITS) // fair_area,
+        area_factor=(NUMBERS.share << NUMBERS.fraction_bits) // fair_area,
         traffic_factor=traffic_factor,
-        free_traffic=max(FREE_SHARE, (least * traffic_factor) >> FRACTION_BITS),
+        free_traffic=max(NUMBERS.free_share, (least * traffic_factor) >> NUMBERS.fraction_bits),
     )
 
 
 def rank_cost(row: Row, area: np.ndarray, traffic: np.ndarray) -> np.ndarray:
     """What ranks with this area (units) and traffic (tokens) cost the row; int64."""
-    x = ((area * row.area_factor) >> FRACTION_BITS) - SHARE
+    x = ((area * row.area_factor) >> NUMBERS.fraction_bits) - NUMBERS.share
     x = np.where(x < 0, x >> 1, x)
-    y = (traffic * row.traffic_factor) >> FRACTION_BITS
+    y = (traffic * row.traffic_factor) >> NUMBERS.fraction_bits
     over = np.maximum(0, y - row.free_traffic)
     return x * x + over * over + ((y * y) >> 12)
 
@@ -112,7 +123,7 @@ class Deal:
         order = sorted(
             range(len(self.group_size)), key=lambda g: (-self.group_size[g], -self.group_area[g])
         )
-        wanted = len(self.area) * fill_share // FILL_PARTS
+        wanted = len(self.area) * fill_share // NUMBERS.fill_parts
         first_filler, tokens, area = len(order), 0, 0
         while first_filler > 0 and tokens + self.group_size[order[first_filler - 1]] <= wanted:
             first_filler -= 1
@@ -312,10 +323,10 @@ class Ledger:
 
 def improve(row: Row, ledger: Ledger, rank: int, round_number: int) -> bool:
     """Make the best exchange found of a chunk of `rank` with another's; False if none helps."""
-    stride = -(-row.quota // CANDIDATES)
+    stride = -(-row.quota // NUMBERS.candidates)
     cost = ledger.costs()
     order = np.argsort(cost, kind="stable")
-    partners = order[order != rank][:PARTNERS]
+    partners = order[order != rank][: NUMBERS.partners]
     a = np.flatnonzero(ledger.owner == rank)[round_number % stride :: stride][:, None]
     sampled = [
         np.flatnonzero(ledger.owner == partner)[round_number // stride % stride :: stride]
@@ -350,9 +361,9 @@ def improve(row: Row, ledger: Ledger, rank: int, round_number: int) -> bool:
 
 def refine(row: Row, ledger: Ledger) -> None:
     """Rounds for the rank that costs most; one not helped waits for another's change."""
-    candidates = min(CANDIDATES, row.quota)
-    pairs = candidates * candidates * min(PARTNERS, row.ranks - 1)
-    rounds = min(max(PAIR_BUDGET // max(1, pairs), MIN_ROUNDS), MAX_ROUNDS)
+    candidates = min(NUMBERS.candidates, row.quota)
+    pairs = candidates * candidates * min(NUMBERS.partners, row.ranks - 1)
+    rounds = min(max(NUMBERS.pair_budget // max(1, pairs), NUMBERS.min_rounds), NUMBERS.max_rounds)
     is_stuck = np.zeros(row.ranks, dtype=bool)
     for round_number in range(rounds):
         if is_stuck.all():
@@ -369,12 +380,11 @@ def assign_chunks(doc_lengths: np.ndarray, num_ranks: int, chunk: int) -> np.nda
     row = make_row(doc_lengths, num_ranks, chunk)
     best: Ledger | None = None
     best_cost = -1
-    for shift in OVERFILL_SHIFTS:
-        for share in FILL_SHARES:
-            ledger = Ledger(row, np.array(Deal(row, share, shift).owner))
-            cost = int(ledger.costs().sum())
-            if best is None or cost < best_cost:
-                best, best_cost = ledger, cost
+    for share, shift in DEALS:
+        ledger = Ledger(row, np.array(Deal(row, share, shift).owner))
+        cost = int(ledger.costs().sum())
+        if best is None or cost < best_cost:
+            best, best_cost = ledger, cost
     assert best is not None
     refine(row, best)
     return best.owner.astype(np.int32)

@@ -16,26 +16,32 @@ namespace lclm {
 using Int = std::int64_t;
 using Ints = std::vector<Int>;
 
-constexpr Int kShare = 4096;            // area and traffic are weighed in 1/4096 of a fair share
-constexpr Int kFreeShare = kShare / 8;  // of a ring: traffic that hides under the work anyway
-constexpr int kFractionBits = 32;       // of the multipliers that replace divisions
-constexpr Int kAreaBits = 20;           // a rank's fair share of area is at least 2^20 units
+// The numbers that shape a plan; context_plan_reference.py (class Numbers) says what they are and
+// gives their values in this order.
+struct Numbers {
+  Int share, free_share, fraction_bits, area_bits, fill_parts, partners, candidates, pair_budget;
+  Int min_rounds, max_rounds;
+};
 
 // The row cut into chunks. A document that crosses a chunk border makes a chain: the chunks whose
 // first token it holds, and before them the head chunk, in which it starts.
 struct Row {
+  Numbers numbers;
   Int ranks, chunk, num_chunks, quota;  // quota: chunks per rank
   Ints area;                            // per chunk, in units
   Ints chain;                           // per chunk, -1: its first token starts a document
   Ints head, head_tokens, low, high;    // per chain; low..high are its chunks, both included
   Ints group_start;                     // chunks of a group stay together; last entry num_chunks
   Int fair_area;                        // units per rank
-  Int area_factor, traffic_factor;      // quantity * factor >> 32 is in 1/4096 of a share
-  Int free_traffic;  // in 1/4096 of a ring: what the longest document needs, or hides anyway
+  // quantity * factor >> fraction_bits is in 1/share of a fair share
+  Int area_factor, traffic_factor;
+  Int free_traffic;  // in 1/share of a ring: what the longest document needs, or hides anyway
 };
 
-inline Row make_row(const Int* lengths, Int num_docs, Int ranks, Int chunk) {
+inline Row make_row(const Int* lengths, Int num_docs, Int ranks, Int chunk,
+                    const Numbers& numbers) {
   Row row;
+  row.numbers = numbers;
   const Int length = std::accumulate(lengths, lengths + num_docs, Int{0});
   const Int num_chunks = length / chunk;
   row.ranks = ranks;
@@ -62,15 +68,16 @@ inline Row make_row(const Int* lengths, Int num_docs, Int ranks, Int chunk) {
     start = end;
   }
   Int total = std::accumulate(row.area.begin(), row.area.end(), Int{0});
-  const Int unit = std::max<Int>(1, (total / ranks) >> kAreaBits);
+  const Int unit = std::max<Int>(1, (total / ranks) >> numbers.area_bits);
   total = 0;
   for (Int& area : row.area) total += area /= unit;
   row.fair_area = std::max<Int>(1, total / ranks);
   const Int ring = std::max<Int>(1, (ranks - 1) * (length / ranks));
-  row.area_factor = (kShare << kFractionBits) / row.fair_area;
-  row.traffic_factor = (kShare << kFractionBits) / ring;
+  row.area_factor = (numbers.share << numbers.fraction_bits) / row.fair_area;
+  row.traffic_factor = (numbers.share << numbers.fraction_bits) / ring;
   const Int least = std::max<Int>(0, longest - length / ranks);
-  row.free_traffic = std::max(kFreeShare, (least * row.traffic_factor) >> kFractionBits);
+  row.free_traffic =
+      std::max(numbers.free_share, (least * row.traffic_factor) >> numbers.fraction_bits);
   for (Int i = 0; i < num_chunks; ++i) {
     const Int chain = row.chain[i];
     const bool joins = i > 0 && chain >= 0 && (row.chain[i - 1] < 0 || row.chain[i - 1] == chain);
@@ -83,9 +90,10 @@ inline Row make_row(const Int* lengths, Int num_docs, Int ranks, Int chunk) {
 // What a rank costs the row: squares, so that the worst ranks weigh most. Area below the mean
 // counts half; traffic counts a little everywhere and fully above what is free.
 inline Int rank_cost(const Row& row, Int area, Int traffic) {
-  Int x = ((area * row.area_factor) >> kFractionBits) - kShare;
+  const Numbers& numbers = row.numbers;
+  Int x = ((area * row.area_factor) >> numbers.fraction_bits) - numbers.share;
   if (x < 0) x >>= 1;
-  const Int y = (traffic * row.traffic_factor) >> kFractionBits;
+  const Int y = (traffic * row.traffic_factor) >> numbers.fraction_bits;
   const Int over = std::max<Int>(0, y - row.free_traffic);
   return x * x + over * over + ((y * y) >> 12);
 }

@@ -15,7 +15,7 @@ import numpy as np
 from lclm_kernels.native import reference
 
 LIBRARY_NAME = "liblclm_native.so"
-ABI = 4  # lclm_native_abi() of pack.cpp
+ABI = 5  # lclm_native_abi() of pack.cpp
 logger = logging.getLogger(__name__)
 
 
@@ -68,6 +68,8 @@ def _open(path: Path) -> ctypes.CDLL:
     library.lclm_sort_best_fit.restype = None
     library.lclm_seeded_order.argtypes = [ctypes.c_uint64, i64, array]
     library.lclm_seeded_order.restype = None
+    library.lclm_assign_chunks.argtypes = [array, i64, i64, i64, array, array, i64, array]
+    library.lclm_assign_chunks.restype = None
     return library
 
 
