@@ -30,12 +30,18 @@ from typing import Any
 
 import numpy as np
 
-from lclm.context.plan.choice import choose_fastest, compare_comms
-from lclm.context.plan.cost import CostModel, least_worst_share, predict, traffic_share
+from lclm.context.plan.cost import (
+    CostModel,
+    choose_fastest,
+    least_worst_share,
+    predict,
+    traffic_share,
+)
 from lclm.context.plan.layouts import (
     RowPlan,
     balanced_plan,
     candidate_plans,
+    compare_comms,
     contiguous_plan,
     mixed_plan,
     plan_row,
@@ -230,7 +236,7 @@ def find_errors(histogram: LengthHistogram) -> list[str]:
                 mine = plan.positions(rank)
                 seen = visible[mine].any(axis=0)
                 seen[mine] = False
-                if plan.area(rank) != visible[mine].sum():
+                if plan.areas[rank].sum() != visible[mine].sum():
                     errors.append(f"{name}: area of rank {rank} of {cp_size}")
                 if plan.received[rank].sum() != seen.sum():
                     errors.append(f"{name}: keys received by rank {rank} of {cp_size}")

@@ -31,8 +31,8 @@ import torch.distributed as dist
 
 from lclm.config import Config
 from lclm.context.measure import measure_machine
-from lclm.context.plan.choice import choose_fastest, compare_comms
-from lclm.context.plan.comm import Comm
+from lclm.context.plan.cost import Comm, choose_fastest
+from lclm.context.plan.layouts import compare_comms
 from lclm.context.plan.lengths import read_histogram
 from lclm.context.plan.rates import LINKS
 from lclm.data.stage_rows import Row

@@ -13,9 +13,20 @@ import numpy as np
 
 from lclm.command_line import make_parser, run_tool
 from lclm.config_file import load_config
-from lclm.context.plan.choice import choose_fastest, compare_comms
-from lclm.context.plan.cost import CostModel, least_worst_share, predict, traffic_share
-from lclm.context.plan.layouts import RowPlan, candidate_plans, default_chunk, plan_row
+from lclm.context.plan.cost import (
+    CostModel,
+    choose_fastest,
+    least_worst_share,
+    predict,
+    traffic_share,
+)
+from lclm.context.plan.layouts import (
+    RowPlan,
+    candidate_plans,
+    compare_comms,
+    default_chunk,
+    plan_row,
+)
 from lclm.context.plan.lengths import read_histogram
 from lclm.context.plan.rates import LINKS, RATES_NAME, published, read_machine
 from lclm.files import replace_files

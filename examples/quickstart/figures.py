@@ -160,8 +160,8 @@ def draw_layout(config: Config, path: Path) -> list[tuple[Row, RowPlan]]:
                     fontsize=8,
                     color=["white", "black"][rank % 2],
                 )
-        total = sum(plan.area(rank) for rank in range(PROCESSES))
-        shares = ", ".join(f"{plan.area(rank) / total:.0%}" for rank in range(PROCESSES))
+        total = plan.areas.sum()
+        shares = ", ".join(f"{plan.areas[rank].sum() / total:.0%}" for rank in range(PROCESSES))
         num_documents = len(row.doc_lengths)
         axes.set_title(
             f"{row.domain}: {num_documents} document{'s' if num_documents > 1 else ''}; "

@@ -19,7 +19,7 @@ class Agreement:
 
     Args:
         plan: of the row.
-        comm: name of the way, see `lclm.context.plan.comm`.
+        comm: name of the way, see `lclm.context.plan.cost`.
         groups: every group in which messages of this row will travel.
         device: of the messages.
     """

@@ -7,8 +7,7 @@ import torch
 import torch.distributed as dist
 
 from lclm.context.gather import GatheredAttention, LocalAttention
-from lclm.context.plan.comm import Comm
-from lclm.context.plan.cost import CostModel
+from lclm.context.plan.cost import Comm, CostModel
 from lclm.context.plan.layouts import build_row_plan
 from lclm.context.plan.row_plan import RowPlan
 from lclm.context.ring import ContextAttention, build_ring

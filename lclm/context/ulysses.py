@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from lclm.context.agreement import Agreement
 from lclm.context.exchange import HEADS, Message, Transfer
-from lclm.context.plan.comm import kv_copies
+from lclm.context.plan.cost import kv_copies
 from lclm.context.plan.row_plan import RowPlan
 from lclm.context.ring import ContextAttention, RingPasses, Tensors
 

@@ -15,9 +15,8 @@ import torch.distributed as dist
 from lclm.config import Config
 from lclm.context.measure import measure_machine
 from lclm.context.parallel import ContextParallel
-from lclm.context.plan.choice import choose_fastest, compare_comms
-from lclm.context.plan.comm import Comm
-from lclm.context.plan.cost import CostModel
+from lclm.context.plan.cost import Comm, CostModel, choose_fastest
+from lclm.context.plan.layouts import compare_comms
 from lclm.context.plan.rates import LINKS, RATES_NAME, Machine, load_machine
 from lclm.files import replace_text
 from lclm.mesh import Mesh, split_context

@@ -8,7 +8,7 @@ import torch
 
 from lclm.config import Config
 from lclm.context.parallel import ContextParallel
-from lclm.context.plan.layouts import RowPlan
+from lclm.context.plan import RowPlan
 from lclm.data.labels import IGNORED_LABEL, build_label_weights, build_labels
 from lclm.data.stage_rows import Row
 from lclm.mesh import Mesh

@@ -9,10 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lclm.context.plan.choice import choose_fastest, compare_comms
-from lclm.context.plan.comm import GATHER, RING, Comm, candidate_comms, predict_seconds
-from lclm.context.plan.cost import CostModel, predict
-from lclm.context.plan.layouts import contiguous_plan, zigzag_plan
+from lclm.context.plan.cost import (
+    GATHER,
+    RING,
+    Comm,
+    CostModel,
+    candidate_comms,
+    choose_fastest,
+    predict,
+    predict_seconds,
+)
+from lclm.context.plan.layouts import compare_comms, contiguous_plan, zigzag_plan
 from lclm.context.plan.rates import LINKS, Machine, Rate, load_machine, read_machine
 
 # One pair of a head takes one second, forward and backward; a byte takes one second on a link.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lclm.context.exchange import KeyExchange
-from lclm.context.plan.comm import kv_copies
+from lclm.context.plan.cost import kv_copies
 from lclm.context.plan.layouts import contiguous_plan, zigzag_plan
 
 

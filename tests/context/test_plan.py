@@ -81,12 +81,12 @@ def test_area_counts_pairs(lengths: list[int], layout: str, cp_size: int) -> Non
     plan = build_row_plan(layout, lengths, cp_size)
     truth = visible_keys(lengths)
     for rank in range(cp_size):
-        assert plan.area(rank) == sum(len(truth[query]) for query in plan.positions(rank))
+        assert plan.areas[rank].sum() == sum(len(truth[query]) for query in plan.positions(rank))
 
 
 def test_zigzag_balances_one_document() -> None:
     plan = zigzag_plan([96], 4)
-    assert {plan.area(rank) for rank in range(4)} == {96 * 97 // 2 // 4}
+    assert {plan.areas[rank].sum() for rank in range(4)} == {96 * 97 // 2 // 4}
     assert plan.chunks[1] == ((12, 24), (72, 84))
     assert plan.chunks[3] == ((36, 60),)  # its two stretches touch
 

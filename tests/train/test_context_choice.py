@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lclm.context.plan.comm import Comm
+from lclm.context.plan.cost import Comm
 from lclm.context.plan.rates import LINKS, Rate
 from lclm.train.context_setup import choose_comm, read_rates
 from lclm.train.stages import attention_cost, spread_rows

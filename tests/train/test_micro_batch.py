@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from lclm.context.parallel import ContextParallel
-from lclm.context.plan.comm import GATHER
-from lclm.context.plan.cost import CostModel
+from lclm.context.plan.cost import GATHER, CostModel
 from lclm.data.stage_rows import Row
 from lclm.train.micro_batch import MicroBatch, MicroBatchBuilder
 from tests.train.tiny import tiny_config

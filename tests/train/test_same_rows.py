@@ -14,8 +14,7 @@ import torch
 
 from lclm.config import Config, check_config
 from lclm.context.parallel import ContextParallel
-from lclm.context.plan.comm import GATHER
-from lclm.context.plan.cost import CostModel
+from lclm.context.plan.cost import GATHER, CostModel
 from lclm.context.plan.row_plan import RowPlan
 from lclm.data.indexed import IndexedWriter
 from lclm.data.stage_rows import Row

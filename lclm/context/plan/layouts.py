@@ -1,34 +1,19 @@
 """Plans of rows: the layouts, and the planner that picks the fastest one for a row's documents."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from lclm.context.plan.comm import RING, Comm, predict_seconds
-from lclm.context.plan.cost import CostModel
+from lclm.context.plan.cost import RING, Comm, CostModel, candidate_comms, predict_seconds
 from lclm.context.plan.rates import LINKS
 from lclm.context.plan.row_plan import (
     DocLengths,
     RowPlan,
     Span,
-    Step,
     check_cp_size,
     check_doc_lengths,
 )
 from lclm_kernels.native.context_plan import assign_chunks
-
-__all__ = [
-    "RowPlan",
-    "Span",
-    "Step",
-    "balanced_plan",
-    "build_row_plan",
-    "candidate_plans",
-    "contiguous_plan",
-    "default_chunk",
-    "mixed_plan",
-    "plan_row",
-    "zigzag_plan",
-]
-
 
 _EVEN_AREA = 1.05  # largest over mean area of the ranks; less is not felt beside other noise
 
@@ -222,6 +207,30 @@ def build_row_plan(
         names = ", ".join([*_LAYOUTS, "auto"])
         raise ValueError(f"cp_layout is {layout!r}; it must be one of {names}")
     return _LAYOUTS[layout](doc_lengths, cp_size)
+
+
+def compare_comms(
+    layout: str, rows: Sequence[np.ndarray], cp_size: int, cost: CostModel
+) -> dict[Comm, float]:
+    """Predicted seconds of a layer's attention, forward and backward, mean of the rows, by way.
+
+    Args:
+        layout: as in `build_row_plan`; rows of "auto" are dealt out for each way.
+        rows: document lengths of rows of one length, at least one row.
+        cp_size: ranks that share a row, at least 2.
+        cost: the machine and the attention of one rank.
+
+    Returns:
+        A pure function of the arguments, the preferred way first; ways that rows of that length
+        cannot go are left out.
+    """
+    comms = candidate_comms(int(rows[0].sum()), cp_size, cost)
+    found = dict.fromkeys(comms, 0.0)
+    for lengths in rows:
+        for comm in comms:
+            plan = build_row_plan(layout, lengths, cp_size, None, cost, comm)
+            found[comm] += predict_seconds(plan, cost, comm) / len(rows)
+    return found
 
 
 def _dealt(lengths: np.ndarray, cp_size: int, chunk: int, owner: np.ndarray) -> RowPlan:

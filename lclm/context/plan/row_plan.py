@@ -55,16 +55,6 @@ def check_cp_size(cp_size: int) -> None:
         raise ValueError(f"cp_size is {cp_size}; context parallelism needs at least 1 rank")
 
 
-class Step(NamedTuple):
-    """One step of the exchange as one rank sees it. Spans are global, sorted, maybe empty."""
-
-    number: int  # 1 .. R - 1; at step s rank r receives from r - s and sends to r + s (mod R)
-    source: int
-    receives: tuple[Span, ...]
-    destination: int
-    sends: tuple[Span, ...]
-
-
 class _Pieces(NamedTuple):
     """The row cut at document starts and at span ends; all int64 [pieces], in global order."""
 
@@ -181,11 +171,6 @@ class RowPlan:
         order[in_rank_order] = np.arange(self.row_length)
         return order
 
-    def area(self, rank: int) -> int:
-        """Visible (query, key) pairs of a rank's queries: its share of attention work."""
-        self._spans(rank)
-        return int(self.areas[rank].sum())
-
     @cached_property
     def areas(self) -> np.ndarray:
         """Visible pairs of each query rank with each key rank: int64 [R, R], [query, key]."""
@@ -226,17 +211,6 @@ class RowPlan:
         lo = _held_below(spans, self.first_visible(queries))
         hi = _held_below(spans, queries + 1)
         return lo.astype(np.int32), hi.astype(np.int32)
-
-    def steps(self, rank: int) -> tuple[Step, ...]:
-        """What a rank receives and sends, step by step; steps with neither are left out."""
-        self._spans(rank)
-        steps = []
-        for number in range(1, self.cp_size):
-            source, destination = (rank - number) % self.cp_size, (rank + number) % self.cp_size
-            receives, sends = self.travels(rank, source), self.travels(destination, rank)
-            if receives or sends:
-                steps.append(Step(number, source, receives, destination, sends))
-        return tuple(steps)
 
     def merged(self, size: int) -> "RowPlan":
         """The plan in which each `size` ranks that follow one another are one rank.
