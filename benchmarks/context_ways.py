@@ -107,7 +107,7 @@ class Bench:
         predicted = compare_comms("auto", [row.doc_lengths for row in rows], size, self.cost)
         builders = {}
         for comm in predicted:
-            shared = comm.shared if comm.name == "ulysses_ring" else 0
+            shared = comm.ulysses_size if comm.name == "ulysses_ring" else 0
             config = build_config(row_length, size, comm.name, shared)
             context = build_context(config, mesh, self.cost.machine, [])
             builders[comm] = MicroBatchBuilder(config, mesh, context, 1e6)

@@ -1,4 +1,4 @@
-"""Ranks make sure that they hold one plan, and go one way, before anything else is exchanged."""
+"""Ranks make sure that they hold one plan and use one communication mode, before any exchange."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from lclm.context.plan.row_plan import RowPlan
 
 
 class Agreement:
-    """Compares the plan of a row and the way of its keys with the other ranks, once.
+    """A check, made once per row: all ranks hold the same plan and use the same mode.
+
+    Each rank sends a SHA-256 of both to every other rank of its groups and compares.
 
     On NCCL this is also the first use of each group, in which all its ranks must take part.
 
     Args:
         plan: of the row.
-        comm: name of the way, see `lclm.context.plan.cost`.
+        comm: name of the communication mode, see `lclm.context.plan.cost`.
         groups: every group in which messages of this row will travel.
         device: of the messages.
     """

@@ -193,7 +193,10 @@ class KeyStep:
 
 
 class KeyExchange:
-    """Moves keys and gradients of one row for one rank. Made once per micro-batch.
+    """The ring's sends and receives of one row on one rank: keys and values out, gradients home.
+
+    It knows for every step which local tokens leave, how many arrive and what each local query sees
+    of them. Made once per micro-batch, used by every layer.
 
     Args:
         plan: of as many ranks as the group has.

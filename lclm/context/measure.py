@@ -64,22 +64,24 @@ def measure_machine(
         "message": _measure_link(lambda n: _message(n, group, device), device),
         "gather": _measure_link(lambda n: _gather(n, group, device), device),
         "scatter": _measure_link(lambda n: _scatter(n, group, device), device),
-        "trade": _measure_link(lambda n: _trade(n, range(size), group, device), device),
-        "near_trade": _measure_link(lambda n: _trade(n, neighbours, group, device), device),
+        "all_to_all": _measure_link(lambda n: _all_to_all(n, range(size), group, device), device),
+        "near_all_to_all": _measure_link(
+            lambda n: _all_to_all(n, neighbours, group, device), device
+        ),
     }
-    hidden = _measure_hidden(cost, group, device, dtype)
-    # the largest fixed time, the smallest rate, the fewest neighbours and least hidden of all ranks
-    slow = [[rate.seconds, 1 / rate.per_second] for rate in rates.values()] + [[-hidden, -near]]
+    overlap = _measure_overlap(cost, group, device, dtype)
+    # the largest fixed time, the smallest rate, the least overlap, the fewest neighbours of all
+    slow = [[rate.seconds, 1 / rate.per_second] for rate in rates.values()] + [[-overlap, -near]]
     slowest = torch.tensor(slow, dtype=torch.float64, device=device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    *agreed, (least_hidden, most) = slowest.tolist()
+    *agreed, (least_overlap, most) = slowest.tolist()
     found = {
         name: Rate(seconds, 1 / each) for name, (seconds, each) in zip(rates, agreed, strict=True)
     }
     near = round(-most)
     if near == 1:
-        found["near_trade"] = found["trade"]
-    return Machine(**found, near_ranks=near, hidden=abs(least_hidden))
+        found["near_all_to_all"] = found["all_to_all"]
+    return Machine(**found, near_ranks=near, overlap=abs(least_overlap))
 
 
 def _near_ranks(group: dist.ProcessGroup) -> int:
@@ -154,7 +156,7 @@ def _attention(
     return partial(forward, q, k, v, plan, 1.0), back
 
 
-def _measure_hidden(
+def _measure_overlap(
     cost: CostModel, group: dist.ProcessGroup, device: torch.device, dtype: torch.dtype
 ) -> float:
     """A message beside attention of about its length, against one after the other."""
@@ -225,7 +227,9 @@ def _scatter(num_bytes: int, group: dist.ProcessGroup, device: torch.device) -> 
     return lambda: dist.reduce_scatter_tensor(shard, whole, group=group)
 
 
-def _trade(num_bytes: int, ranks: range, group: dist.ProcessGroup, device: torch.device) -> Work:
+def _all_to_all(
+    num_bytes: int, ranks: range, group: dist.ProcessGroup, device: torch.device
+) -> Work:
     """All-to-all among some ranks of the group, all of which do it."""
     peers = [rank for rank in ranks if rank != group.rank()]
     each = max(1, num_bytes // max(1, len(peers)))

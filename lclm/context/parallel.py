@@ -16,7 +16,7 @@ from lclm_kernels.interval_attention import make_plan
 
 
 class ContextParallel:
-    """One layout and one way for keys; makes plan and attention of each row.
+    """One layout and one communication mode; makes plan and attention of each row.
 
     Args:
         layout: see `lclm.context.plan.layouts.build_row_plan`.

@@ -21,26 +21,26 @@ from lclm_kernels.interval_attention import backward, forward
 Tensors = tuple[torch.Tensor, ...]
 
 
-class Passes(Protocol):
-    """Forward and backward of attention over the ranks of a group, without autograd.
+class DistributedAttention(Protocol):
+    """Attention of local queries over keys of all ranks of a group: forward and backward.
 
-    `kept` is what the backward pass works on: q, k, v, out and lse, in whatever arrangement of
-    tokens and heads the passes use inside.
+    `_ContextAttentionFunction` makes it differentiable. What forward saves, backward needs: q, k,
+    v, out and lse, in whatever arrangement of tokens and heads the implementation uses inside.
     """
 
     def forward(
         self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, scale: float
     ) -> tuple[torch.Tensor, Tensors]:
-        """Return out `[T, N, H]` in q's dtype and `kept`."""
+        """Return out `[T, N, H]` in q's dtype and `saved`."""
 
-    def restore(self, local: Tensors) -> Tensors:
-        """Make `kept` again from the local q, k, v and out, and the kept lse."""
+    def recover_saved(self, local: Tensors) -> Tensors:
+        """Make `saved` again from the local q, k, v and out, and the saved lse."""
 
-    def backward(self, dout_TNH: torch.Tensor, kept: Tensors, scale: float) -> Tensors:
+    def backward(self, dout_TNH: torch.Tensor, saved: Tensors, scale: float) -> Tensors:
         """Return dq, dk and dv of the local tokens."""
 
 
-class RingPasses:
+class RingAttention:
     """The ring of one row on one rank; intervals of every step are made here, once.
 
     Args:
@@ -58,7 +58,7 @@ class RingPasses:
     def forward(
         self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, scale: float
     ) -> tuple[torch.Tensor, Tensors]:
-        """See `Passes`; kept are q, k, v, out and lse of the local tokens."""
+        """See `DistributedAttention`; saved are q, k, v, out and lse of the local tokens."""
         wide = torch.promote_types(q_TNH.dtype, torch.float32)
         # The first keys may be written instead of merged where no precision is lost by it.
         is_fresh = self._is_alone or q_TNH.dtype == wide
@@ -73,13 +73,13 @@ class RingPasses:
         out = out.to(q_TNH.dtype)
         return out, (q_TNH, k_TKH, v_TKH, out, lse)
 
-    def restore(self, local: Tensors) -> Tensors:
-        """See `Passes`; nothing travels."""
+    def recover_saved(self, local: Tensors) -> Tensors:
+        """See `DistributedAttention`; nothing travels."""
         return local
 
-    def backward(self, dout_TNH: torch.Tensor, kept: Tensors, scale: float) -> Tensors:
-        """See `Passes`; the gradients are fp32 (fp64 for fp64)."""
-        q, k_TKH, v_TKH, out, lse = kept
+    def backward(self, dout_TNH: torch.Tensor, saved: Tensors, scale: float) -> Tensors:
+        """See `DistributedAttention`; the gradients are fp32 (fp64 for fp64)."""
+        q, k_TKH, v_TKH, out, lse = saved
         delta = (dout_TNH.to(lse.dtype) * out.to(lse.dtype)).sum(dim=-1).t()
         dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
         own = lse.new_zeros(2, *k_TKH.shape)
@@ -116,26 +116,26 @@ class _ContextAttentionFunction(torch.autograd.Function):
         q_TNH: torch.Tensor,
         k_TKH: torch.Tensor,
         v_TKH: torch.Tensor,
-        passes: Passes,
+        attention: DistributedAttention,
         scale: float,
         known: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
         if known is None:
-            out, kept = passes.forward(q_TNH, k_TKH, v_TKH, scale)
+            out, saved = attention.forward(q_TNH, k_TKH, v_TKH, scale)
         else:
             out = known[0]
-            kept = (q_TNH, k_TKH, v_TKH, *known)
-        ctx.save_for_backward(*kept)
-        ctx.arguments = (passes, scale, known is not None)
+            saved = (q_TNH, k_TKH, v_TKH, *known)
+        ctx.save_for_backward(*saved)
+        ctx.arguments = (attention, scale, known is not None)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        passes, scale, is_local = ctx.arguments
-        kept = ctx.saved_tensors
+        attention, scale, is_local = ctx.arguments
+        saved = ctx.saved_tensors
         if is_local:
-            kept = passes.restore(kept)
-        found = passes.backward(grads[0], kept, scale)
+            saved = attention.recover_saved(saved)
+        found = attention.backward(grads[0], saved, scale)
         return (*(grad.to(grads[0].dtype) for grad in found), None, None, None)
 
 
@@ -144,11 +144,11 @@ class ContextAttention:
 
     Before the first exchange the ranks compare their plans. A layer that is computed twice, first
     without gradients and again in the backward pass, gives its number: the first time its out and
-    lse are kept here, the second time they are taken from here and nothing is sent.
+    lse are saved here, the second time they are taken from here and nothing is sent.
     """
 
-    def __init__(self, passes: Passes, agree: Agreement) -> None:
-        self._passes, self._agree = passes, agree
+    def __init__(self, attention: DistributedAttention, agree: Agreement) -> None:
+        self._attention, self._agree = attention, agree
         self._known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(
@@ -177,7 +177,7 @@ class ContextAttention:
                     "forward (without gradients) has not run or its result is used up"
                 )
             known = self._known.pop(recomputed_layer)
-        return _ContextAttentionFunction.apply(q_TNH, k_TKH, v_TKH, self._passes, scale, known)
+        return _ContextAttentionFunction.apply(q_TNH, k_TKH, v_TKH, self._attention, scale, known)
 
     def _keep(
         self,
@@ -192,12 +192,12 @@ class ContextAttention:
                 f"context attention: layer {layer} ran twice without gradients; one object serves "
                 "one micro-batch"
             )
-        out, kept = self._passes.forward(q_TNH, k_TKH, v_TKH, scale)
-        self._known[layer] = (out, kept[-1])
+        out, saved = self._attention.forward(q_TNH, k_TKH, v_TKH, scale)
+        self._known[layer] = (out, saved[-1])
         return out
 
 
 def build_ring(plan: RowPlan, group: dist.ProcessGroup, device: torch.device) -> ContextAttention:
     """Ring attention of one row over a group with one rank per rank of the plan."""
     agree = Agreement(plan, "ring", (group,), device)
-    return ContextAttention(RingPasses(plan, group, device), agree)
+    return ContextAttention(RingAttention(plan, group, device), agree)

@@ -1,4 +1,4 @@
-"""Ulysses attention: an all-to-all trades a part of the tokens for a part of the heads.
+"""Ulysses attention: an all-to-all swaps a part of the tokens for a part of the heads.
 
 Each rank then holds all tokens of its group for some heads, attends, and the dual all-to-all brings
 the output home (Jacobs et al., DeepSpeed Ulysses, arXiv 2309.14509). Over a group of groups, a ring
@@ -19,7 +19,7 @@ from lclm.context.agreement import Agreement
 from lclm.context.exchange import HEADS, Message, Transfer
 from lclm.context.plan.cost import kv_copies
 from lclm.context.plan.row_plan import RowPlan
-from lclm.context.ring import ContextAttention, RingPasses, Tensors
+from lclm.context.ring import ContextAttention, RingAttention, Tensors
 
 
 class HeadExchange:
@@ -79,8 +79,8 @@ class HeadExchange:
         return received
 
 
-class UlyssesPasses:
-    """Heads shared among U ranks, around the passes of those who hold the same heads.
+class UlyssesAttention:
+    """Attention with heads shared among U ranks, around that of the ranks with the same heads.
 
     kv heads that U does not divide are repeated to the least common multiple; gradients of the
     copies are summed in fp32.
@@ -91,28 +91,28 @@ class UlyssesPasses:
         copies: how often each kv head is repeated, see `kv_copies`.
     """
 
-    def __init__(self, heads: HeadExchange, inner: RingPasses, copies: int) -> None:
+    def __init__(self, heads: HeadExchange, inner: RingAttention, copies: int) -> None:
         self._heads, self._inner, self._copies = heads, inner, copies
 
     def forward(
         self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, scale: float
     ) -> tuple[torch.Tensor, Tensors]:
-        """See `Passes`; kept are the tensors of this rank's heads."""
+        """See `DistributedAttention`; saved are the tensors of this rank's heads."""
         q, k, v = self._heads.to_heads([q_TNH, self._repeat(k_TKH), self._repeat(v_TKH)])
-        out, kept = self._inner.forward(q, k, v, scale)
+        out, saved = self._inner.forward(q, k, v, scale)
         (local,) = self._heads.to_tokens([out])
-        return local, kept
+        return local, saved
 
-    def restore(self, local: Tensors) -> Tensors:
-        """See `Passes`; q, k, v and out travel again."""
+    def recover_saved(self, local: Tensors) -> Tensors:
+        """See `DistributedAttention`; q, k, v and out travel again."""
         q_TNH, k_TKH, v_TKH, out_TNH, lse = local
         parts = [q_TNH, self._repeat(k_TKH), self._repeat(v_TKH), out_TNH]
         return (*self._heads.to_heads(parts), lse)
 
-    def backward(self, dout_TNH: torch.Tensor, kept: Tensors, scale: float) -> Tensors:
-        """See `Passes`."""
+    def backward(self, dout_TNH: torch.Tensor, saved: Tensors, scale: float) -> Tensors:
+        """See `DistributedAttention`."""
         (dout,) = self._heads.to_heads([dout_TNH])
-        dq, dk, dv = self._inner.backward(dout, kept, scale)
+        dq, dk, dv = self._inner.backward(dout, saved, scale)
         dq = dq.to(dout.dtype)
         if self._copies == 1:
             # Each is final: rounding it before the way home is rounding it once.
@@ -155,8 +155,10 @@ def build_ulysses(
     positions = [plan.positions(rank) for rank in range(first, first + size)]
     merged = plan.merged(size)
     copies = kv_copies(num_heads, num_kv_heads, size)
-    passes = UlyssesPasses(
-        HeadExchange(positions, head_group, device), RingPasses(merged, ring_group, device), copies
+    attention = UlyssesAttention(
+        HeadExchange(positions, head_group, device),
+        RingAttention(merged, ring_group, device),
+        copies,
     )
     groups = (group,) if ring_group is None else (group, ring_group)
-    return ContextAttention(passes, Agreement(plan, f"ulysses of {size}", groups, device))
+    return ContextAttention(attention, Agreement(plan, f"ulysses of {size}", groups, device))

@@ -30,7 +30,7 @@ def find_machine(config: Config, mesh: Mesh) -> Machine:
 
     What is measured stays in the run folder, so that a run that goes on in the same layout deals
     out its rows as before, bit for bit. In another layout or another folder the rates, and so plans
-    and ways, may differ, which changes sums by rounding only. Nothing is measured where nothing is
+    and modes, may differ, which changes sums by rounding only. Nothing is measured where nothing is
     "auto".
     """
     parallel = config.parallel
@@ -62,11 +62,11 @@ def choose_comm(config: Config, cost: CostModel, rows: Sequence[np.ndarray]) -> 
     """
     parallel = config.parallel
     if parallel.cp == 1 or parallel.cp_comm != "auto":
-        shared = {"ulysses": parallel.cp, "ulysses_ring": parallel.cp_ulysses}
-        return Comm(parallel.cp_comm, shared.get(parallel.cp_comm, 1))
+        sizes = {"ulysses": parallel.cp, "ulysses_ring": parallel.cp_ulysses}
+        return Comm(parallel.cp_comm, sizes.get(parallel.cp_comm, 1))
     found = compare_comms(parallel.cp_layout, rows, parallel.cp, cost)
     comm = choose_fastest(found)
-    times = ", ".join(f"{way} {1e3 * seconds:.3g}" for way, seconds in found.items())
+    times = ", ".join(f"{mode} {1e3 * seconds:.3g}" for mode, seconds in found.items())
     logger.info(
         "cp_comm auto: %s, by predicted ms of a layer's attention, forward and backward, mean of "
         "%d rows: %s",
@@ -90,7 +90,7 @@ def build_context(
     dist.broadcast_object_list(chosen)  # processors of other kinds may round otherwise
     comm, heads, ring = chosen[0], None, None
     if comm.name == "ulysses_ring":
-        heads, ring = split_context(mesh.cp_group, comm.shared)
+        heads, ring = split_context(mesh.cp_group, comm.ulysses_size)
     return ContextParallel(parallel.cp_layout, comm, cost, mesh.cp_group, mesh.device, heads, ring)
 
 

@@ -30,10 +30,10 @@ SLOW = Machine(
     message=Rate(0.5, 1),
     gather=Rate(1, 1),
     scatter=Rate(2, 1),
-    trade=Rate(3, 1),
-    near_trade=Rate(3, 2),
+    all_to_all=Rate(3, 1),
+    near_all_to_all=Rate(3, 2),
     near_ranks=2,
-    hidden=1.0,
+    overlap=1.0,
 )
 ONE_HEAD = CostModel(SLOW, num_heads=1, num_kv_heads=1, head_dim=1)
 TWO_HEADS = replace(ONE_HEAD, num_heads=2)
@@ -56,7 +56,7 @@ def test_ring_counted_by_hand() -> None:
 
 
 def test_messages_that_do_not_hide_cost_their_time() -> None:
-    half = replace(ONE_HEAD, machine=replace(SLOW, hidden=0.5))
+    half = replace(ONE_HEAD, machine=replace(SLOW, overlap=0.5))
     result = predict(contiguous_plan([8], 2), half)
     # every transfer is longer than the 10 seconds of work beside it, half of which it hides under
     assert result.exposed_seconds.tolist() == [18.5 - 5 + 34.5 - 5, 16.5 - 5 + 32.5 - 5]
@@ -76,14 +76,14 @@ def test_ulysses_counted_by_hand() -> None:
     plan, comm = contiguous_plan([8], 2), Comm("ulysses", 2)
     # bytes per token: q, out, dout and dq 4 each, K and V 8; dK and dV of the copies 16 in fp32
     sizes = [4 + 8, 4, 4, 4 + 16]
-    traded = sum(3 + 4 * size / 2 / 2 + 2 * 4 * size / 8 for size in sizes)
-    assert predict_seconds(plan, TWO_HEADS, comm) == 36 + 36 + traded
+    exchanged = sum(3 + 4 * size / 2 / 2 + 2 * 4 * size / 8 for size in sizes)
+    assert predict_seconds(plan, TWO_HEADS, comm) == 36 + 36 + exchanged
     more = 3 + 4 * 16 / 2 / 2 + 2 * 4 * 16 / 8
     again = replace(TWO_HEADS, is_recomputed=True)
-    assert predict_seconds(plan, again, comm) == 36 + 36 + traded + more
+    assert predict_seconds(plan, again, comm) == 36 + 36 + exchanged + more
     four = replace(TWO_HEADS, num_heads=4)
     near, far = (
-        replace(four, machine=replace(SLOW, near_ranks=near, near_trade=Rate(0, 1e9)))
+        replace(four, machine=replace(SLOW, near_ranks=near, near_all_to_all=Rate(0, 1e9)))
         for near in (4, 2)
     )
     plan = contiguous_plan([8], 4)
@@ -95,10 +95,10 @@ def test_ulysses_counted_by_hand() -> None:
 def test_ulysses_ring_is_a_ring_of_fewer_ranks_with_fewer_heads() -> None:
     cost = CostModel(num_heads=8, num_kv_heads=4)
     free = Rate(0, float("inf"))
-    no_trade = replace(cost, machine=replace(cost.machine, trade=free, copy=free))
-    inner = replace(no_trade, num_heads=4, num_kv_heads=2)
+    no_exchange = replace(cost, machine=replace(cost.machine, all_to_all=free, copy=free))
+    inner = replace(no_exchange, num_heads=4, num_kv_heads=2)
     plan = zigzag_plan([40, 24], 4)
-    found = predict_seconds(plan, no_trade, Comm("ulysses_ring", 2))
+    found = predict_seconds(plan, no_exchange, Comm("ulysses_ring", 2))
     assert found == predict(plan.merged(2), inner).seconds
 
 
@@ -158,8 +158,8 @@ def test_a_machine_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_rates_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match=r"copy is .* must be positive"):
         load_machine({**SLOW.dump(), "copy": [0, 0]})
-    with pytest.raises(ValueError, match=r"hidden is 1\.5"):
-        load_machine({**SLOW.dump(), "hidden": 1.5})
+    with pytest.raises(ValueError, match=r"overlap is 1\.5"):
+        load_machine({**SLOW.dump(), "overlap": 1.5})
     with pytest.raises(ValueError, match="near_ranks is 0"):
         replace(SLOW, near_ranks=0)
     with pytest.raises(ValueError, match="head_dim is 0"):

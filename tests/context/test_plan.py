@@ -1,5 +1,8 @@
 """Row plans against brute force: which keys every query of every rank sees."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -130,3 +133,8 @@ def test_rank_outside_the_plan_is_refused() -> None:
         plan.intervals(0, 2)
     with pytest.raises(ValueError, match="rank -1"):
         plan.positions(-1)
+
+
+def test_planning_needs_no_torch() -> None:
+    script = "import sys, lclm.context.plan; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0

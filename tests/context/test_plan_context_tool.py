@@ -90,7 +90,7 @@ def test_tables_from_a_config(tool, config, capsys) -> None:
 
 def test_ways_are_compared_on_the_link_or_the_machine_at_hand(tool, tmp_path, capsys) -> None:
     wishes = ["--histogram", str(HISTOGRAM), "--row-length", "65536", "--rows", "2", "--cp", "8,16"]
-    slow = dataclasses.replace(LINKS["nvlink"], message=Rate(1.0, 1e9), hidden=0.0)
+    slow = dataclasses.replace(LINKS["nvlink"], message=Rate(1.0, 1e9), overlap=0.0)
     rates = tmp_path / "context_rates.json"
     rates.write_text(json.dumps({"made_for": {}, "machine": slow.dump()}))
     chosen = {}

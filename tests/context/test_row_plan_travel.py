@@ -171,12 +171,12 @@ def test_the_chosen_plan_is_never_slower_than_a_simple_one(link: str) -> None:
 @pytest.mark.parametrize(
     "comm", [RING, GATHER, Comm("ulysses_ring", 2), Comm("ulysses", 8)], ids=str
 )
-def test_plans_fit_the_way_of_the_keys(comm: Comm) -> None:
+def test_plans_fit_the_communication_mode(comm: Comm) -> None:
     lengths, cost = [9000, 500, 6884], CostModel(LINKS["infiniband"])
     plan = plan_row(lengths, 8, 128, cost, comm)
     assert plan.cp_size == 8
-    inners = candidate_plans(lengths, 8 // comm.shared, 128).values()
-    least = min(predict_seconds(p.split(comm.shared), cost, comm) for p in inners)
+    inners = candidate_plans(lengths, 8 // comm.ulysses_size, 128).values()
+    least = min(predict_seconds(p.split(comm.ulysses_size), cost, comm) for p in inners)
     assert predict_seconds(plan, cost, comm) == least
     assert comm.name != "ulysses" or plan.digest() == contiguous_plan(lengths, 8).digest()
     with pytest.raises(ValueError, match="3 context ranks do not divide into groups of 2"):

@@ -1,4 +1,4 @@
-"""What the trainer makes of measured rates: the way of the keys, and the file that keeps them."""
+"""What the trainer makes of measured rates: the communication mode, and the file of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lclm.context.plan.cost import Comm
-from lclm.context.plan.rates import LINKS, Rate
+from lclm.context.plan.rates import LINKS, Rate, load_machine
 from lclm.train.context_setup import choose_comm, read_rates
 from lclm.train.stages import attention_cost, spread_rows
 from tests.train.tiny import tiny_config
@@ -20,7 +20,7 @@ from tests.train.tiny import tiny_config
 ROWS = [np.array([40, 24]), np.array([64])]
 
 
-def test_a_configured_way_is_taken() -> None:
+def test_a_configured_mode_is_taken() -> None:
     for comm, shared in (("ring", 1), ("gather", 1), ("ulysses", 4), ("ulysses_ring", 2)):
         changes = {"parallel__cp": 4, "parallel__cp_comm": comm}
         if comm == "ulysses_ring":
@@ -65,6 +65,15 @@ def test_rates_are_taken_only_for_what_they_were_made_for(tmp_path: Path) -> Non
     path.write_text("{")
     with pytest.raises(ValueError, match=r"rates\.json is not what a trainer measured.*remove it"):
         read_rates(path, made_for)
+
+
+def test_rates_of_older_versions_are_read() -> None:
+    machine = replace(LINKS["infiniband"], overlap=0.25)
+    old = machine.dump()
+    names = {"trade": "all_to_all", "near_trade": "near_all_to_all", "hidden": "overlap"}
+    for before, now in names.items():
+        old[before] = old.pop(now)
+    assert load_machine(old) == machine
 
 
 def test_rows_are_looked_at_from_first_to_last() -> None:

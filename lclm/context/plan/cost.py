@@ -28,7 +28,7 @@ from lclm.context.plan.rates import LINKS, Machine
 from lclm.context.plan.row_plan import RowPlan
 
 # What the gathered keys of all layers that are kept may take, bytes: they are as long as the row on
-# every rank, so where rows are long another way must do.
+# every rank, so where rows are long another mode must do.
 GATHERED_BYTES = 2**30
 # Times that differ by less are taken for equal: rates are not measured more exactly.
 SAME_TIME = 1.05
@@ -36,13 +36,13 @@ SAME_TIME = 1.05
 
 @dataclass(frozen=True)
 class Comm:
-    """A way, by its name in `parallel.cp_comm`, and how many neighbouring ranks share heads."""
+    """A communication mode: its name in `parallel.cp_comm`, and how many neighbours share heads."""
 
     name: str
-    shared: int = 1
+    ulysses_size: int = 1
 
     def __str__(self) -> str:
-        return f"{self.name}({self.shared})" if self.name == "ulysses_ring" else self.name
+        return f"{self.name}({self.ulysses_size})" if self.name == "ulysses_ring" else self.name
 
 
 RING = Comm("ring")
@@ -123,10 +123,10 @@ def predict(plan: RowPlan, cost: CostModel) -> Prediction:
     forward, backward = cost.forward_seconds(area), cost.backward_seconds(area)
     packed = cost.machine.copy.time(sent * kv)
     message = cost.machine.message
-    hidden = cost.machine.hidden
-    exposed = _exposed(forward, packed + message.time(np.maximum(received, sent) * kv), hidden)
+    overlap = cost.machine.overlap
+    exposed = _exposed(forward, packed + message.time(np.maximum(received, sent) * kv), overlap)
     incoming, outgoing = received * kv + sent * gradients, sent * kv + received * gradients
-    exposed += _exposed(backward, packed + message.time(np.maximum(incoming, outgoing)), hidden)
+    exposed += _exposed(backward, packed + message.time(np.maximum(incoming, outgoing)), overlap)
     added = cost.machine.copy.time(sent * gradients)  # gradients that came home
     return Prediction(
         area=area.sum(axis=1),
@@ -162,10 +162,10 @@ def _by_step(matrix: np.ndarray, is_sender: bool = False) -> np.ndarray:
     return matrix[ranks, (ranks - steps) % len(matrix)]
 
 
-def _exposed(compute: np.ndarray, transfer: np.ndarray, hidden: float) -> np.ndarray:
+def _exposed(compute: np.ndarray, transfer: np.ndarray, overlap: float) -> np.ndarray:
     """Seconds that messages cost each rank; compute and transfer in seconds, [R, steps]."""
     transfer, compute = transfer[:, 1:], compute[:, :-1]
-    return (transfer - hidden * np.minimum(transfer, compute)).sum(axis=1)
+    return (transfer - overlap * np.minimum(transfer, compute)).sum(axis=1)
 
 
 def kv_copies(num_heads: int, num_kv_heads: int, size: int) -> int:
@@ -184,7 +184,7 @@ def kv_copies(num_heads: int, num_kv_heads: int, size: int) -> int:
 
 
 def candidate_comms(row_length: int, cp_size: int, cost: CostModel) -> list[Comm]:
-    """The ways that rows of a length can go on `cp_size` ranks, the preferred one first."""
+    """The modes that rows of a length can use on `cp_size` ranks, the preferred one first."""
     sharing = [n for n in range(2, cp_size) if cp_size % n == 0 and cost.num_heads % n == 0]
     comms = [RING, *(Comm("ulysses_ring", n) for n in sharing)]
     if cost.num_heads % cp_size == 0:
@@ -198,38 +198,38 @@ def predict_seconds(plan: RowPlan, cost: CostModel, comm: Comm = RING) -> float:
     """Time of one layer's attention, forward and backward, on the slowest rank."""
     if comm.name == "gather":
         return _gather_seconds(plan, cost)
-    if comm.shared == 1:
+    if comm.ulysses_size == 1:
         return predict(plan, cost).seconds
-    copies = kv_copies(cost.num_heads, cost.num_kv_heads, comm.shared)
+    copies = kv_copies(cost.num_heads, cost.num_kv_heads, comm.ulysses_size)
     cost = replace(cost, num_kv_heads=cost.num_kv_heads * copies)
     inside = replace(
         cost,
-        num_heads=cost.num_heads // comm.shared,
-        num_kv_heads=cost.num_kv_heads // comm.shared,
+        num_heads=cost.num_heads // comm.ulysses_size,
+        num_kv_heads=cost.num_kv_heads // comm.ulysses_size,
     )
     held = plan.row_length // plan.cp_size
-    traded = _trade_seconds(held, cost, comm.shared, has_copies=copies > 1)
-    return traded + predict(plan.merged(comm.shared), inside).seconds
+    exchanged = _all_to_all_seconds(held, cost, comm.ulysses_size, has_copies=copies > 1)
+    return exchanged + predict(plan.merged(comm.ulysses_size), inside).seconds
 
 
 def choose_fastest(seconds: Mapping[Comm, float]) -> Comm:
-    """The fastest way, or the preferred one where that is about as fast; see `compare_comms`."""
+    """The fastest mode, or the preferred one where that is about as fast; see `compare_comms`."""
     preferred, fastest = next(iter(seconds)), min(seconds, key=lambda comm: seconds[comm])
     return preferred if seconds[preferred] <= SAME_TIME * seconds[fastest] else fastest
 
 
-def _trade_seconds(held: int, cost: CostModel, shared: int, has_copies: bool) -> float:
-    """All-to-alls of a rank with `held` tokens: q, k, v and out, and what the backward trades."""
+def _all_to_all_seconds(held: int, cost: CostModel, size: int, has_copies: bool) -> float:
+    """All-to-alls of a rank with `held` tokens: q, k, v and out, and what the backward sends."""
     q = cost.num_heads * cost.head_dim * cost.number_bytes  # also of out, dout and dq
     gradients = cost.kv_gradient_bytes if has_copies else cost.kv_bytes
-    sizes = [q + cost.kv_bytes, q, q, q + gradients]
+    per_token = [q + cost.kv_bytes, q, q, q + gradients]
     if cost.is_recomputed:
-        sizes.append(2 * q + cost.kv_bytes)
-    link, copy = cost.machine.trade_among(shared), cost.machine.copy
-    leaving = (shared - 1) / shared
+        per_token.append(2 * q + cost.kv_bytes)
+    link, copy = cost.machine.all_to_all_among(size), cost.machine.copy
+    leaving = (size - 1) / size
     # each is packed by rank and sorted into global order
     return sum(
-        float(link.time(held * size * leaving) + copy.time(2 * held * size)) for size in sizes
+        float(link.time(held * each * leaving) + copy.time(2 * held * each)) for each in per_token
     )
 
 

@@ -161,18 +161,20 @@ def plan_row(
         ValueError: bad lengths, cp_size < 1, or a row length that cp_size * chunk does not divide.
     """
     check_cp_size(cp_size)
-    if cp_size % comm.shared:
-        raise ValueError(f"{cp_size} context ranks do not divide into groups of {comm.shared}")
+    if cp_size % comm.ulysses_size:
+        raise ValueError(
+            f"{cp_size} context ranks do not divide into groups of {comm.ulysses_size}"
+        )
     _check_grid(int(check_doc_lengths(doc_lengths).sum()), cp_size, chunk)
-    plans = candidate_plans(doc_lengths, cp_size // comm.shared, chunk, implementation)
+    plans = candidate_plans(doc_lengths, cp_size // comm.ulysses_size, chunk, implementation)
     if cost is None:
         cost = CostModel(LINKS["infiniband"])
         areas = {name: plan.areas.sum(axis=1) for name, plan in plans.items()}
         uneven = {name: float(area.max() / area.mean()) for name, area in areas.items()}
         limit = max(_EVEN_AREA, uneven["balanced"])
         plans = {name: plan for name, plan in plans.items() if uneven[name] <= limit}
-    if comm.shared > 1:
-        plans = {name: plan.split(comm.shared) for name, plan in plans.items()}
+    if comm.ulysses_size > 1:
+        plans = {name: plan.split(comm.ulysses_size) for name, plan in plans.items()}
     return min(plans.values(), key=lambda plan: predict_seconds(plan, cost, comm))
 
 
@@ -212,17 +214,17 @@ def build_row_plan(
 def compare_comms(
     layout: str, rows: Sequence[np.ndarray], cp_size: int, cost: CostModel
 ) -> dict[Comm, float]:
-    """Predicted seconds of a layer's attention, forward and backward, mean of the rows, by way.
+    """Predicted seconds of a layer's attention, forward and backward, mean of the rows, by mode.
 
     Args:
-        layout: as in `build_row_plan`; rows of "auto" are dealt out for each way.
+        layout: as in `build_row_plan`; rows of "auto" are dealt out for each mode.
         rows: document lengths of rows of one length, at least one row.
         cp_size: ranks that share a row, at least 2.
         cost: the machine and the attention of one rank.
 
     Returns:
-        A pure function of the arguments, the preferred way first; ways that rows of that length
-        cannot go are left out.
+        A pure function of the arguments, the preferred mode first; modes that rows of that length
+        cannot use are left out.
     """
     comms = candidate_comms(int(rows[0].sum()), cp_size, cost)
     found = dict.fromkeys(comms, 0.0)

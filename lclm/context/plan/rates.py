@@ -10,6 +10,9 @@ import numpy as np
 
 RATES_NAME = "context_rates.json"  # in a run folder: what the trainer measured
 
+# What rates were called in the files of older versions.
+_OLD_NAMES = {"trade": "all_to_all", "near_trade": "near_all_to_all", "hidden": "overlap"}
+
 
 class Rate(NamedTuple):
     """What n units of work take: `seconds + n / per_second`, and nothing where n is 0."""
@@ -43,13 +46,13 @@ class Machine:
     """All-gather among all context ranks."""
     scatter: Rate
     """Reduce-scatter in fp32 among all context ranks."""
-    trade: Rate
+    all_to_all: Rate
     """All-to-all among all context ranks."""
-    near_trade: Rate
+    near_all_to_all: Rate
     """All-to-all among neighbours, at most `near_ranks` of them."""
     near_ranks: int
     """How many context ranks that follow one another share a node."""
-    hidden: float
+    overlap: float
     """What attention beside a message saves, of the shorter of both: 1 where they run side by side,
     0 where one waits for the other, as on processors that do both."""
 
@@ -59,21 +62,21 @@ class Machine:
                 raise ValueError(f"machine: {name} is {rate}; rates must be positive")
         if self.near_ranks < 1:
             raise ValueError(f"machine: near_ranks is {self.near_ranks}; it is at least 1")
-        if not 0 <= self.hidden <= 1:
-            raise ValueError(f"machine: hidden is {self.hidden}; it is from 0 to 1")
+        if not 0 <= self.overlap <= 1:
+            raise ValueError(f"machine: overlap is {self.overlap}; it is from 0 to 1")
 
     def _rates(self) -> dict[str, Rate]:
         values = ((field.name, getattr(self, field.name)) for field in fields(self))
         return {name: value for name, value in values if isinstance(value, Rate)}
 
-    def trade_among(self, num_ranks: int) -> Rate:
+    def all_to_all_among(self, num_ranks: int) -> Rate:
         """All-to-all among so many neighbours."""
-        return self.near_trade if num_ranks <= self.near_ranks else self.trade
+        return self.near_all_to_all if num_ranks <= self.near_ranks else self.all_to_all
 
     def dump(self) -> dict[str, Any]:
         """Plain numbers for JSON; `load_machine` reads them."""
         rates = {name: list(rate) for name, rate in self._rates().items()}
-        return {**rates, "near_ranks": self.near_ranks, "hidden": self.hidden}
+        return {**rates, "near_ranks": self.near_ranks, "overlap": self.overlap}
 
     def summary(self) -> str:
         """The rates in words: attention in TFLOP/s, all others in GB/s, after a fixed time."""
@@ -84,14 +87,19 @@ class Machine:
             words.append(
                 f"{name} {rate.per_second / unit:.3g} {label} after {rate.seconds * 1e6:.0f} us"
             )
-        return ", ".join([*words, f"{self.hidden:.0%} of a message hidden under attention"])
+        return ", ".join([*words, f"{self.overlap:.0%} of a message overlaps with attention"])
 
 
 def load_machine(values: Mapping[str, Any]) -> Machine:
-    """The machine of `Machine.dump`'s numbers; ValueError where it is not one."""
+    """The machine of `Machine.dump`'s numbers, also under the names of older versions.
+
+    Raises:
+        ValueError: the numbers are not those of a machine.
+    """
     try:
+        values = {_OLD_NAMES.get(name, name): value for name, value in values.items()}
         rates = {name: Rate(*value) for name, value in values.items() if isinstance(value, list)}
-        return Machine(**rates, near_ranks=values["near_ranks"], hidden=values["hidden"])
+        return Machine(**rates, near_ranks=values["near_ranks"], overlap=values["overlap"])
     except (TypeError, KeyError) as error:
         raise ValueError(f"machine: not what a trainer measured: {error}") from error
 
@@ -114,16 +122,16 @@ def _h100(link: Rate, near: Rate, near_ranks: int) -> Machine:
     """FlashAttention-3 in bf16 on rows of 32K tokens with document masks, as published.
 
     Not published are the times to start a kernel, the speed of copies (half of what the memory is
-    sold as, 3.35 TB/s: each byte is read and written), and that messages hide completely.
+    sold as, 3.35 TB/s: each byte is read and written), and that messages overlap completely.
     """
-    links = dict.fromkeys(("message", "gather", "scatter", "trade"), link)
+    links = dict.fromkeys(("message", "gather", "scatter", "all_to_all"), link)
     return Machine(
         forward=Rate(10e-6, 584e12),
         backward=Rate(20e-6, 425e12),
         copy=Rate(0, 1.6e12),
-        near_trade=near,
+        near_all_to_all=near,
         near_ranks=near_ranks,
-        hidden=1.0,
+        overlap=1.0,
         **links,
     )
 
