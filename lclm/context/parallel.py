@@ -21,7 +21,8 @@ class ContextParallel:
     Args:
         layout: see `lclm.context.plan.layouts.build_row_plan`.
         comm: how queries meet keys.
-        cost: by which rows of the layout "auto" are dealt out; its heads are those of the layers.
+        cost: by which rows of the layout "auto" are dealt out; other layouts need none.
+        num_heads: query and kv heads of a layer (of this tp rank).
         group: the context ranks.
         device: where tensors live.
         head_group, ring_group: of a ulysses_ring, see `build_ulysses`.
@@ -31,7 +32,8 @@ class ContextParallel:
         self,
         layout: str,
         comm: Comm,
-        cost: CostModel,
+        cost: CostModel | None,
+        num_heads: tuple[int, int],
         group: dist.ProcessGroup,
         device: torch.device,
         head_group: dist.ProcessGroup | None = None,
@@ -39,7 +41,7 @@ class ContextParallel:
     ) -> None:
         # One rank holds a row whole, whatever its length.
         self._layout = layout if group.size() > 1 else "contiguous"
-        self._cost, self._group, self._device = cost, group, device
+        self._cost, self._num_heads, self._group, self._device = cost, num_heads, group, device
         self._parts = (head_group, ring_group)
         self.comm = comm
 
@@ -57,5 +59,4 @@ class ContextParallel:
             return GatheredAttention(plan, group, device)
         if self.comm.name == "ring":
             return build_ring(plan, group, device)
-        heads = (self._cost.num_heads, self._cost.num_kv_heads)
-        return build_ulysses(plan, *heads, group, device, *self._parts)
+        return build_ulysses(plan, *self._num_heads, group, device, *self._parts)

@@ -25,17 +25,17 @@ from lclm.train.stages import attention_cost
 logger = logging.getLogger(__name__)
 
 
-def find_machine(config: Config, mesh: Mesh) -> Machine:
+def find_machine(config: Config, mesh: Mesh) -> Machine | None:
     """What this run's ranks do, equal on all of them: as the run folder says, or measured now.
 
     What is measured stays in the run folder, so that a run that goes on in the same layout deals
     out its rows as before, bit for bit. In another layout or another folder the rates, and so plans
-    and modes, may differ, which changes sums by rounding only. Nothing is measured where nothing is
-    "auto".
+    and modes, may differ, which changes sums by rounding only. None where nothing is "auto": then
+    nothing asks for rates.
     """
     parallel = config.parallel
     if mesh.cp_size == 1 or "auto" not in (parallel.cp_layout, parallel.cp_comm):
-        return LINKS["nvlink"]
+        return None
     path, made_for = Path(config.run.dir) / RATES_NAME, _describe(config, mesh)
     known = [read_rates(path, made_for) if mesh.rank == 0 else None]
     dist.broadcast_object_list(known)
@@ -52,11 +52,11 @@ def find_machine(config: Config, mesh: Mesh) -> Machine:
     return machine
 
 
-def choose_comm(config: Config, cost: CostModel, rows: Sequence[np.ndarray]) -> Comm:
+def choose_comm(config: Config, cost: CostModel | None, rows: Sequence[np.ndarray]) -> Comm:
     """How queries meet keys: as configured, or what is predicted to be fast for some rows.
 
     Args:
-        cost: of `attention_cost`.
+        cost: of `attention_cost`; needed only where rows are looked at.
         rows: document lengths; looked at only where `parallel.cp_comm` is "auto" and several ranks
             share a row, and then at least one.
     """
@@ -64,6 +64,7 @@ def choose_comm(config: Config, cost: CostModel, rows: Sequence[np.ndarray]) -> 
     if parallel.cp == 1 or parallel.cp_comm != "auto":
         sizes = {"ulysses": parallel.cp, "ulysses_ring": parallel.cp_ulysses}
         return Comm(parallel.cp_comm, sizes.get(parallel.cp_comm, 1))
+    assert cost is not None  # `find_machine` gives one where anything is "auto"
     found = compare_comms(parallel.cp_layout, rows, parallel.cp, cost)
     comm = choose_fastest(found)
     times = ", ".join(f"{mode} {1e3 * seconds:.3g}" for mode, seconds in found.items())
@@ -78,20 +79,30 @@ def choose_comm(config: Config, cost: CostModel, rows: Sequence[np.ndarray]) -> 
 
 
 def build_context(
-    config: Config, mesh: Mesh, machine: Machine, rows: Sequence[np.ndarray]
+    config: Config, mesh: Mesh, machine: Machine | None, rows: Sequence[np.ndarray]
 ) -> ContextParallel:
     """How rows are dealt out and queries meet keys; `rows` as in `choose_comm`, equal on all ranks.
 
-    All processes of the world must call it at the same time: it may make groups.
+    `machine` is that of `find_machine`. All processes of the world must call it at the same time:
+    it may make groups.
     """
-    parallel = config.parallel
-    cost = attention_cost(config, mesh.dtype.itemsize, machine)
+    model, parallel = config.model, config.parallel
+    cost = None if machine is None else attention_cost(config, mesh.dtype.itemsize, machine)
     chosen = [choose_comm(config, cost, rows)]
     dist.broadcast_object_list(chosen)  # processors of other kinds may round otherwise
-    comm, heads, ring = chosen[0], None, None
+    comm, head_group, ring_group = chosen[0], None, None
     if comm.name == "ulysses_ring":
-        heads, ring = split_context(mesh.cp_group, comm.ulysses_size)
-    return ContextParallel(parallel.cp_layout, comm, cost, mesh.cp_group, mesh.device, heads, ring)
+        head_group, ring_group = split_context(mesh.cp_group, comm.ulysses_size)
+    return ContextParallel(
+        parallel.cp_layout,
+        comm,
+        cost,
+        (model.num_attention_heads // parallel.tp, model.num_kv_heads // parallel.tp),
+        mesh.cp_group,
+        mesh.device,
+        head_group,
+        ring_group,
+    )
 
 
 def _describe(config: Config, mesh: Mesh) -> dict[str, Any]:

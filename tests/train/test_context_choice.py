@@ -7,13 +7,14 @@ import logging
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from lclm.context.plan.cost import Comm
 from lclm.context.plan.rates import LINKS, Rate, load_machine
-from lclm.train.context_setup import choose_comm, read_rates
+from lclm.train.context_setup import choose_comm, find_machine, read_rates
 from lclm.train.stages import attention_cost, spread_rows
 from tests.train.tiny import tiny_config
 
@@ -26,8 +27,17 @@ def test_a_configured_mode_is_taken() -> None:
         if comm == "ulysses_ring":
             changes["parallel__cp_ulysses"] = 2
         config = tiny_config("unused", **changes)
-        cost = attention_cost(config, 4, LINKS["nvlink"])
-        assert choose_comm(config, cost, []) == Comm(comm, shared)
+        assert choose_comm(config, None, []) == Comm(comm, shared)
+
+
+def test_no_machine_is_needed_where_nothing_is_auto() -> None:
+    fixed = {"parallel__cp_layout": "zigzag", "parallel__cp_comm": "ring"}
+    assert find_machine(tiny_config("unused", parallel__cp=4, **fixed), mesh_of(4)) is None
+    assert find_machine(tiny_config("unused"), mesh_of(1)) is None
+
+
+def mesh_of(cp_size: int) -> SimpleNamespace:
+    return SimpleNamespace(cp_size=cp_size)
 
 
 def test_auto_says_what_it_chose_and_why(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lclm.context.parallel import ContextParallel
-from lclm.context.plan.cost import GATHER, CostModel
+from lclm.context.plan.cost import GATHER
 from lclm.data.stage_rows import Row
 from lclm.train.micro_batch import MicroBatch, MicroBatchBuilder
 from tests.train.tiny import tiny_config
@@ -17,7 +17,7 @@ def prepare(device: str) -> MicroBatch:
     """A row with weights, on one rank of a device that need not be there."""
     where = torch.device(device)
     group = SimpleNamespace(size=lambda: 1)
-    context = ContextParallel("auto", GATHER, CostModel(), group, torch.device("cpu"))
+    context = ContextParallel("auto", GATHER, None, (1, 1), group, torch.device("cpu"))
     mesh = SimpleNamespace(cp_size=1, cp_rank=0, device=where)
     build = MicroBatchBuilder(tiny_config("unused"), mesh, context, 1e4)
     weights = np.array([1, 0.5, 1, 1, 0, 1, 1, 0.25], np.float32)
