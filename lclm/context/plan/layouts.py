@@ -27,7 +27,7 @@ def contiguous_plan(doc_lengths: DocLengths, cp_size: int) -> RowPlan:
     lengths = check_doc_lengths(doc_lengths)
     step = _equal_parts(int(lengths.sum()), cp_size, parts=cp_size, layout="contiguous")
     chunks = tuple(((rank * step, (rank + 1) * step),) for rank in range(cp_size))
-    return RowPlan(lengths, cp_size, chunks)
+    return RowPlan.of_checked(lengths, cp_size, chunks)
 
 
 def zigzag_plan(doc_lengths: DocLengths, cp_size: int) -> RowPlan:
@@ -47,7 +47,7 @@ def zigzag_plan(doc_lengths: DocLengths, cp_size: int) -> RowPlan:
         touching = early + step == late
         pair = ((early, late + step),) if touching else ((early, early + step), (late, late + step))
         chunks.append(pair)
-    return RowPlan(lengths, cp_size, tuple(chunks))
+    return RowPlan.of_checked(lengths, cp_size, tuple(chunks))
 
 
 def balanced_plan(
@@ -202,9 +202,9 @@ def build_row_plan(
         ValueError: an unknown layout, or what the layout itself refuses.
     """
     if layout == "auto":
-        lengths = check_doc_lengths(doc_lengths)
-        granularity = default_chunk(int(lengths.sum()), cp_size) if chunk is None else chunk
-        return plan_row(lengths, cp_size, granularity, cost, comm)
+        if chunk is None:
+            chunk = default_chunk(int(check_doc_lengths(doc_lengths).sum()), cp_size)
+        return plan_row(doc_lengths, cp_size, chunk, cost, comm)
     if layout not in _LAYOUTS:
         names = ", ".join([*_LAYOUTS, "auto"])
         raise ValueError(f"cp_layout is {layout!r}; it must be one of {names}")
@@ -243,7 +243,7 @@ def _dealt(lengths: np.ndarray, cp_size: int, chunk: int, owner: np.ndarray) -> 
     borders = zip((starts * chunk).tolist(), (ends * chunk).tolist(), strict=True)
     for rank, span in zip(owner[starts].tolist(), borders, strict=True):
         spans[rank].append(span)
-    return RowPlan(lengths, cp_size, tuple(tuple(mine) for mine in spans))
+    return RowPlan.of_checked(lengths, cp_size, tuple(tuple(mine) for mine in spans))
 
 
 def _check_grid(row_length: int, cp_size: int, chunk: int) -> None:

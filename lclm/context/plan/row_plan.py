@@ -94,6 +94,21 @@ class RowPlan:
             raise ValueError(f"chunks has {len(chunks)} ranks, cp_size is {self.cp_size}")
         self._check_spans()
 
+    @classmethod
+    def of_checked(
+        cls, doc_lengths: np.ndarray, cp_size: int, chunks: tuple[tuple[Span, ...], ...]
+    ) -> "RowPlan":
+        """A plan of lengths from `check_doc_lengths` and a partition known to be good, unchecked.
+
+        Args:
+            doc_lengths: int64 [documents]; becomes read-only.
+            cp_size, chunks: as in the attributes, chunks of Python integers.
+        """
+        plan = object.__new__(cls)
+        doc_lengths.setflags(write=False)
+        plan.__dict__.update(doc_lengths=doc_lengths, cp_size=cp_size, chunks=chunks)
+        return plan
+
     def _check_spans(self) -> None:
         """Raise ValueError unless the spans are a partition of the row with equal shares."""
         held = sum(end - start for spans in self.chunks for start, end in spans)
@@ -230,7 +245,7 @@ class RowPlan:
                 else:
                     spans.append((start, end))
             merged.append(tuple(spans))
-        return RowPlan(self.doc_lengths, self.cp_size // size, tuple(merged))
+        return RowPlan.of_checked(self.doc_lengths, self.cp_size // size, tuple(merged))
 
     def split(self, size: int) -> "RowPlan":
         """The plan in which each rank's tokens go in order to `size` ranks, the dual of `merged`.
@@ -256,7 +271,7 @@ class RowPlan:
                     parts[-1].append((start, stop))
                     room -= stop - start
                     start = stop
-        return RowPlan(self.doc_lengths, self.cp_size * size, tuple(map(tuple, parts)))
+        return RowPlan.of_checked(self.doc_lengths, self.cp_size * size, tuple(map(tuple, parts)))
 
     @cached_property
     def _pieces(self) -> _Pieces:
