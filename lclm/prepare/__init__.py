@@ -14,7 +14,8 @@ One document, with a tokenizer of single bytes (a tiktoken file):
 >>> _ = ranks.write_text("".join(f"{base64.b64encode(bytes([n])).decode()} {n}\\n"
 ...                              for n in range(256)))
 >>> tokenizer, prefix = load_tokenizer(ranks), f"{folder.name}/a"
->>> summary = encode_sources(find_sources([text]), tokenizer, prefix, EncodeOptions(append_eod=True))
+>>> options = EncodeOptions(append_eod=True)
+>>> summary = encode_sources(find_sources([text]), tokenizer, prefix, options)
 >>> IndexedReader(prefix).read(0).tolist(), tokenizer.eod_id
 ([97, 32, 99, 97, 116, 257], 257)
 >>> folder.cleanup()
