@@ -10,8 +10,6 @@ import torch
 from .parts import parts_bwd, parts_fwd
 from .plan import IntervalPlan
 
-__all__ = ["cpu_bwd", "cpu_fwd"]
-
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 

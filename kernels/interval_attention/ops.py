@@ -13,16 +13,12 @@ from ..backend import AUTO, Candidate, choose, triton_candidate
 from .cpu_impl import cpu_bwd, cpu_fwd
 from .plan import IntervalPlan
 from .reference import reference_bwd, reference_fwd
-from .sdpa_impl import sdpa_bwd, sdpa_fwd
-from .tilings import refuse_triton
-
-__all__ = ["backward", "forward", "interval_attention"]
+from .tilings import MAX_HEAD_DIM, refuse_triton
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _CANDIDATES = (
     Candidate("cpu", ("cpu",), (*_FLOATS, torch.float64)),
     triton_candidate(*_FLOATS),
-    Candidate("sdpa", ("cuda",), _FLOATS),
     Candidate("reference", ("cpu", "cuda"), (*_FLOATS, torch.float64), is_automatic=False),
 )
 _WHERE = "interval_attention: "
@@ -46,8 +42,7 @@ def forward(
         scale: factor of the scores, usually H ** -0.5.
         carry: (out fp32 [T, N, H], lse fp32 [N, T]) of the keys seen so far (start: zeros, -inf),
             updated in place and returned.
-        implementation: "auto", "reference" (dense), "cpu", "triton" (CUDA, head sizes 64, 96, 128,
-            256) or "sdpa" (CUDA).
+        implementation: "auto", "reference" (dense), "cpu" or "triton" (CUDA, head sizes up to 256).
 
     Returns:
         (out [T, N, H] in q's dtype, or the carry's; lse [N, T], natural log). A row that sees
@@ -79,8 +74,7 @@ def forward(
 
         triton_fwd(q_TNH, k_SKH, v_SKH, plan, scale, out, lse, carry is None)
     else:
-        run = {"cpu": cpu_fwd, "sdpa": sdpa_fwd}[chosen]
-        run(q_TNH, k_SKH, v_SKH, plan, scale, out, lse, carry is None)
+        cpu_fwd(q_TNH, k_SKH, v_SKH, plan, scale, out, lse, carry is None)
     return (out.to(q_TNH.dtype) if carry is None else out), lse
 
 
@@ -112,19 +106,13 @@ def backward(
         delta: fp32 [N, T], sum over H of dout * out. An implementation may compute it again
             from dout and out, so nothing else can be folded into it.
         dq, dk, dv: fp32 (fp64) accumulators in the shapes of q, k, v.
-        deterministic: the same inputs give the same bits; all but "sdpa" always do.
+        deterministic: the same inputs give the same bits; every implementation always does.
 
     Raises:
-        ValueError: as in `forward`, of the accumulators what it says of the carry; or a
-            deterministic run was asked of "sdpa".
+        ValueError: as in `forward`, of the accumulators what it says of the carry.
     """
     _check_qkv(q, k, v, plan, scale)
     chosen = _choose(q, scale, implementation)
-    if deterministic and chosen == "sdpa":
-        raise ValueError(
-            f"{_WHERE}implementation 'sdpa' has no deterministic backward; use "
-            "deterministic=False, or implementation='triton' or 'reference'"
-        )
     wide = _wide_dtype(q.dtype)
     device = q.device
     num_queries, num_heads, _ = q.shape
@@ -141,8 +129,7 @@ def backward(
 
         triton_bwd(dout, q, k, v, lse, delta, plan, scale, dq, dk, dv)
     else:
-        run = {"cpu": cpu_bwd, "sdpa": sdpa_bwd}[chosen]
-        run(dout, q, k, v, out, lse, plan, scale, dq, dk, dv)
+        cpu_bwd(dout, q, k, v, out, lse, plan, scale, dq, dk, dv)
 
 
 class _IntervalAttentionFunction(torch.autograd.Function):
@@ -184,6 +171,19 @@ def interval_attention(
     differentiated again; torch says so.
     """
     return _IntervalAttentionFunction.apply(q, k, v, plan, scale, implementation)
+
+
+def check_head_size(head_size: int, device: torch.device) -> None:
+    """Refuse at the start of a run what no layer could compute on this kind of device.
+
+    Raises:
+        ValueError: a head size above 256 on CUDA.
+    """
+    if device.type == "cuda" and head_size > MAX_HEAD_DIM:
+        raise ValueError(
+            f"{_WHERE}head size {head_size} on {device}; the CUDA kernels take head sizes up to "
+            f"{MAX_HEAD_DIM}: use a model with smaller heads, or the CPU"
+        )
 
 
 def _choose(q_TNH: torch.Tensor, scale: float, wish: str) -> str:

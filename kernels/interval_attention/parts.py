@@ -1,7 +1,7 @@
 """Walk the parts of a plan with a dense attention operator.
 
 Letters: T query tokens, S key tokens, N query heads, K kv heads, H head size; P tiles of a part,
-R rows and C keys of a tile. `cpu_impl` and `sdpa_impl` bring the operator, this module the views
+R rows and C keys of a tile. `cpu_impl` brings the operator, this module the views
 of the part's tensors, the online softmax over parts and the sums of the gradients.
 """
 
@@ -10,8 +10,6 @@ from typing import Protocol
 import torch
 
 from .plan import IntervalPlan, Part
-
-__all__ = ["DenseAttention", "parts_bwd", "parts_fwd"]
 
 
 class DenseAttention(Protocol):

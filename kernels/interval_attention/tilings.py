@@ -10,18 +10,9 @@ import torch
 
 from ..backend import IS_INTERPRETED
 
-__all__ = [
-    "HEAD_DIMS",
-    "STATS_BLOCK",
-    "Tiling",
-    "choose_tiling",
-    "delta_block",
-    "padded_head_dim",
-    "refuse_triton",
-    "use_tma_for",
-]
-
-HEAD_DIMS = (64, 96, 128, 256)
+MAX_HEAD_DIM = 256
+MIN_BLOCK_H = 64
+_TMA_BYTES = 16  # strides are multiples of it
 STATS_BLOCK = 256  # rows of a program of attention_stats_kernel
 _MIN_CAPABILITY = (8, 0)  # bf16 on tensor cores
 _TMA_CAPABILITIES = ((9, 0), (12, 0))  # from, below: GeForce has TMA from 12.0 on, with 99 KiB
@@ -88,8 +79,8 @@ def refuse_triton(head_dim: int, scale: float, device: torch.device) -> str:
 
     The dtype is the candidate's matter.
     """
-    if head_dim not in HEAD_DIMS:
-        return f"takes head sizes {', '.join(map(str, HEAD_DIMS))}, the tensors have {head_dim}"
+    if head_dim > MAX_HEAD_DIM:
+        return f"takes head sizes up to {MAX_HEAD_DIM}, the tensors have {head_dim}"
     if scale < 0:
         return f"takes scale >= 0, got {scale}"
     if device.type == "cuda" and _capability(device) < _MIN_CAPABILITY:
@@ -103,12 +94,12 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def use_tma_for(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether tiles of this dtype are read by TMA there; the interpreter imitates it.
+def use_tma_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether tiles of this dtype and head size are read by TMA; the interpreter imitates it.
 
     fp32 is not: without tensor cores the tiles go through registers, and those would spill.
     """
-    if dtype.itemsize != 2:
+    if dtype.itemsize != 2 or head_dim * dtype.itemsize % _TMA_BYTES:
         return False
     if device.type == "cpu":
         return IS_INTERPRETED
@@ -117,8 +108,8 @@ def use_tma_for(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """Columns of a tile: H rounded up to a power of two."""
-    return 1 << (head_dim - 1).bit_length()
+    """Columns of a tile: H rounded up to a power of two, 64 at least."""
+    return max(MIN_BLOCK_H, 1 << (head_dim - 1).bit_length())
 
 
 def choose_tiling(direction: str, head_dim: int, dtype: torch.dtype, use_tma: bool) -> Tiling:

@@ -28,8 +28,6 @@ from .triton_bwd import (
 )
 from .triton_fwd import attention_fwd_kernel
 
-__all__ = ["triton_bwd", "triton_delta", "triton_fwd"]
-
 _TMA_ALIGNMENT = 16  # bytes, of addresses and strides
 _LOG2_E = 1.4426950408889634
 
@@ -58,7 +56,7 @@ def triton_fwd(
         out_TNH.zero_()
         lse_NT.fill_(float("-inf"))
         return
-    use_tma = use_tma_for(device, q_TNH.dtype)
+    use_tma = use_tma_for(device, q_TNH.dtype, head_dim)
     direction = "fwd" if is_fresh else "carry"
     tiling = choose_tiling(direction, head_dim, q_TNH.dtype, use_tma)
     tiles = plan.query_tiles(tiling.block_t, tiling.block_s, device)
@@ -115,7 +113,7 @@ def triton_bwd(
     num_kv_heads = k_SKH.shape[1]
     num_groups = q_TNH.shape[1] // num_kv_heads
     counts = (plan.num_queries, plan.num_keys)
-    use_tma = use_tma_for(device, q_TNH.dtype)
+    use_tma = use_tma_for(device, q_TNH.dtype, head_dim)
     dq_tiling, dkdv_tiling = (
         choose_tiling(direction, head_dim, q_TNH.dtype, use_tma) for direction in ("dq", "dkdv")
     )

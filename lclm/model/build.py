@@ -26,6 +26,7 @@ from lclm.model.attention import RowAttention
 from lclm.model.llama import LlamaModel
 from lclm.model.mlp import SwiGLU
 from lclm.model.norm import RMSNorm
+from lclm_kernels.interval_attention import check_head_size
 
 
 def to_transformer_config(config: Config, mesh: Mesh) -> TransformerConfig:
@@ -94,7 +95,11 @@ def build_model(config: Config, mesh: Mesh, device: torch.device | None = None) 
 
     Args:
         device: where to allocate, by default the mesh's; `meta` allocates nothing.
+
+    Raises:
+        ValueError: heads larger than the device's attention kernels take.
     """
+    check_head_size(config.model.head_size, mesh.device)
     layers = config.model.num_layers // mesh.pp_size
     with torch.device(device or mesh.device):
         model = LlamaModel(

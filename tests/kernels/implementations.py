@@ -22,5 +22,5 @@ def each_implementation(*names):
 
 def device_of(implementation: str) -> torch.device:
     """Where the tensors of a test of this implementation lie."""
-    runs_on_gpu = implementation in ("triton", "sdpa") and not IS_INTERPRETED
+    runs_on_gpu = implementation == "triton" and not IS_INTERPRETED
     return torch.device("cuda" if runs_on_gpu else "cpu")

@@ -20,8 +20,7 @@ from tests.kernels.masks import (
 from tests.tolerances import ATTENTION_LSE_FP32, ATTENTION_SPLIT_FP32
 
 SCALE = 0.3
-SDPA = pytest.param("sdpa", marks=pytest.mark.gpu)
-each_implementation = each_of("reference", "cpu", SDPA, "triton")
+each_implementation = each_of("reference", "cpu", "triton")
 # Triton's interpreter takes about 2 ms a step of 32 x 32: it gets the smaller masks.
 MAX_PAIRS_TRITON = 60_000
 
@@ -29,7 +28,6 @@ MAX_PAIRS_TRITON = 60_000
 def each_mask(*masks):
     """Every implementation on the masks; Triton on those of some size."""
     cases = [(mask, name) for mask in masks for name in ("reference", "cpu")]
-    cases += [pytest.param(mask, "sdpa", marks=pytest.mark.gpu) for mask in masks]
     small = [mask for mask in masks if MASKS[mask].num_pairs <= MAX_PAIRS_TRITON]
     cases += [pytest.param(mask, "triton", marks=TRITON.marks) for mask in small]
     return pytest.mark.parametrize(("mask", "implementation"), cases)
@@ -102,7 +100,7 @@ def test_gradcheck_fp64(lengths, implementation):
     )
 
 
-@each_of("reference", "cpu", SDPA)
+@each_of("reference", "cpu")
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (5, 1)])
 @pytest.mark.parametrize("head_dim", [8, 40])
 def test_grouped_heads(heads, head_dim, implementation):

@@ -9,7 +9,6 @@ from lclm_kernels.interval_attention import (
     forward,
     interval_attention,
     make_plan,
-    sdpa_impl,
 )
 from lclm_kernels.interval_attention.plan import TILE
 from tests.kernels.masks import MASKS, document_intervals, random_inputs, visible_TS
@@ -140,7 +139,6 @@ def bad_calls():
         "scale": ((q, k, v, plan, float("nan")), "scale must be finite, got nan"),
         "int": ((q.int(), k.int(), v.int(), plan, 1.0), "no implementation serves"),
         "name": ((q, k, v, plan, 1.0, None, "flex"), "implementation='flex' does not exist"),
-        "device": ((q, k, v, plan, 1.0, None, "sdpa"), "'sdpa' cannot run: it runs on cuda"),
         "gradient": (
             (q, k.clone().requires_grad_(), v, plan, 1.0),
             r"k \[63, 2, 16\] requires grad",
@@ -201,16 +199,3 @@ def test_autograd_refuses_as_forward_does():
     q, k, v, _ = random_inputs(plan)
     with pytest.raises(ValueError, match="implementation='flex' does not exist"):
         interval_attention(q, k, v, plan, 1.0, "flex")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("is_masked", [False, True])
-def test_cuda_operators_take_what_they_are_given(dtype, is_masked):
-    """Names, order and shapes of the CUDA operators' arguments, checked without a GPU."""
-    q = torch.empty(3, 4, 128, 16, dtype=dtype, device="meta")
-    k = torch.empty(3, 2, 120, 16, dtype=dtype, device="meta")
-    bias = torch.empty(3, 1, 128, 120, dtype=dtype, device="meta") if is_masked else None
-    out, lse = sdpa_impl._CudaDense.fwd(q, k, k, bias, False, 0.5)
-    assert out.shape == q.shape and lse.shape == (3, 4, 128)
-    dq, dk, dv = sdpa_impl._CudaDense.bwd(q, q, k, k, out, lse, bias, False, 0.5)
-    assert dq.shape == q.shape and dk.shape == dv.shape == k.shape

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from lclm_kernels.backend import IS_INTERPRETED, choose, triton_candidate
-from lclm_kernels.interval_attention import backward, forward, interval_attention, make_plan, ops
+from lclm_kernels.interval_attention import (
+    backward,
+    check_head_size,
+    forward,
+    interval_attention,
+    make_plan,
+    ops,
+)
 from lclm_kernels.interval_attention import tilings as tilings_module
 from tests.kernels.bounds import assert_within_torch_error
 from tests.kernels.implementations import device_of, each_implementation
@@ -64,9 +71,16 @@ def check_against_fp64(inputs, plan, implementation):
 @pytest.mark.parametrize(
     ("dtype", "heads", "head_dim"),
     [
+        (torch.bfloat16, (2, 1), 20),  # rows that TMA cannot address: read by pointers
+        (torch.bfloat16, (2, 1), 40),
+        (torch.bfloat16, (2, 1), 80),
+        (torch.bfloat16, (2, 1), 160),
         (torch.bfloat16, (3, 1), 96),
         (torch.bfloat16, (2, 2), 128),
         (torch.bfloat16, (2, 1), 256),
+        (torch.float32, (2, 1), 33),
+        (torch.float32, (2, 1), 80),
+        (torch.float32, (1, 1), 192),
         (torch.float32, (2, 1), 96),
         (torch.float32, (1, 1), 128),
     ],
@@ -82,7 +96,7 @@ def test_head_sizes(heads, head_dim, dtype, implementation):
 def test_16_bit_inputs_by_pointers(head_dim, implementation, monkeypatch):
     from lclm_kernels.interval_attention import triton_impl
 
-    monkeypatch.setattr(triton_impl, "use_tma_for", lambda device, dtype: False)
+    monkeypatch.setattr(triton_impl, "use_tma_for", lambda device, dtype, head_dim: False)
     plan = small_plan()
     inputs = [x.bfloat16() for x in random_inputs(plan, 2, 1, head_dim)]
     check_against_fp64(inputs, plan, implementation)
@@ -175,21 +189,22 @@ def test_elements_beyond_32_bits(dtype, implementation, tmp_path):
 def test_what_triton_refuses(monkeypatch):
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(tilings_module, "_capability", lambda device: (9, 0))
-    for head_dim in (64, 96, 128, 256):
+    for head_dim in (1, 64, 80, 96, 128, 256):
         assert tilings_module.refuse_triton(head_dim, 1.0, cuda) == ""
-    assert tilings_module.use_tma_for(cuda, torch.bfloat16)
-    assert not tilings_module.use_tma_for(cuda, torch.float32)
-    of_head_dim = "takes head sizes 64, 96, 128, 256, the tensors have 80"
-    assert tilings_module.refuse_triton(80, 1.0, cuda) == of_head_dim
+    assert tilings_module.use_tma_for(cuda, torch.bfloat16, 128)
+    assert not tilings_module.use_tma_for(cuda, torch.float32, 128)
+    assert not tilings_module.use_tma_for(cuda, torch.bfloat16, 20)
+    of_head_dim = "takes head sizes up to 256, the tensors have 257"
+    assert tilings_module.refuse_triton(257, 1.0, cuda) == of_head_dim
     assert tilings_module.refuse_triton(64, -1.0, cuda) == "takes scale >= 0, got -1.0"
     for capability in ((8, 6), (12, 0)):  # what TMA's tiles take is too much for the latter
         monkeypatch.setattr(tilings_module, "_capability", lambda device, found=capability: found)
-        assert not tilings_module.use_tma_for(cuda, torch.bfloat16)
+        assert not tilings_module.use_tma_for(cuda, torch.bfloat16, 128)
     monkeypatch.setattr(tilings_module, "_capability", lambda device: (7, 5))
     assert "capability 8.0 or newer, cuda:0 has 7.5" in tilings_module.refuse_triton(64, 1.0, cuda)
 
 
-def test_triton_is_chosen_on_cuda_or_sdpa_with_the_reason():
+def test_triton_is_chosen_on_cuda_or_the_reason_is_given():
     cuda = torch.device("cuda", 0)
 
     def chosen(refusal, wish="auto", dtype=torch.bfloat16):
@@ -197,9 +212,10 @@ def test_triton_is_chosen_on_cuda_or_sdpa_with_the_reason():
         return choose("interval_attention", wish, cuda, dtype, ops._CANDIDATES, refused)
 
     assert chosen("") == "triton"
-    assert chosen("takes head sizes 64, the tensors have 80") == "sdpa"
-    with pytest.raises(ValueError, match="'triton' cannot run: it takes head sizes 64, the ten"):
-        chosen("takes head sizes 64, the tensors have 80", "triton")
+    reason = "takes head sizes up to 256, the tensors have 257"
+    for wish in ("auto", "triton"):
+        with pytest.raises(ValueError, match="takes head sizes up to 256, the tensors have 257"):
+            chosen(reason, wish)
     with pytest.raises(ValueError, match=r"'triton' cannot run: it takes .* are float64"):
         chosen("", "triton", torch.float64)
     assert triton_candidate(torch.bfloat16).name == "triton"
@@ -207,10 +223,17 @@ def test_triton_is_chosen_on_cuda_or_sdpa_with_the_reason():
 
 def test_a_wish_for_triton_names_the_rule():
     plan = MASKS["63 tokens"]
-    q, k, v, _ = (x.float() for x in random_inputs(plan, 2, 1, 80))
-    reason = "takes head sizes 64, 96, 128, 256, the tensors have 80" if IS_INTERPRETED else "runs"
+    q, k, v, _ = (x.float() for x in random_inputs(plan, 2, 1, 257))
+    reason = "takes head sizes up to 256, the tensors have 257" if IS_INTERPRETED else "runs"
     with pytest.raises(ValueError, match=f"implementation='triton' cannot run: it {reason}"):
         forward(q, k, v, plan, SCALE, implementation="triton")
+
+
+def test_a_model_with_heads_too_large_for_cuda_is_refused_at_the_start():
+    check_head_size(257, torch.device("cpu"))
+    check_head_size(256, torch.device("cuda", 0))
+    with pytest.raises(ValueError, match="head size 257 on cuda:0; the CUDA kernels take"):
+        check_head_size(257, torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize("implementation", ["reference", "cpu"])
