@@ -1,35 +1,51 @@
-"""Interval attention on CPU through PyTorch's fused CPU attention.
+"""Interval attention on CPU: a plan's parts, each through PyTorch's fused CPU attention.
 
-Letters: T query tokens, S key tokens, N query heads, K kv heads, H head size.
-The operator rounds its result and its gradients to the inputs' dtype, so bf16 and fp16 inputs are
-cast to fp32 first and what leaves is rounded once. It takes K heads for N query heads as they are.
+Letters: T query tokens, S key tokens, N query heads, K kv heads, H head size; P tiles of a part,
+R rows and C keys of a tile. The operator rounds its result and its gradients to the inputs' dtype,
+so bf16 and fp16 inputs are cast to fp32 first and what leaves is rounded once. It takes K heads for
+N query heads as they are. Its causal mask starts top-left, which for squares is the only one; zero
+rows or keys would kill the process, and no part has any.
 """
 
 import torch
 
-from .parts import parts_bwd, parts_fwd
-from .plan import IntervalPlan
+from .plan import IntervalPlan, Part
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-class _CpuFlash:
-    """PyTorch's CPU flash attention. Its causal mask starts top-left, which for squares is the
-    only one; zero rows or keys would kill the process, and no part has any."""
-
-    @staticmethod
-    def fwd(q, k, v, bias, is_causal, scale):
-        return _FLASH(q, k, v, 0.0, is_causal, attn_mask=bias, scale=scale)
-
-    @staticmethod
-    def bwd(dout, q, k, v, out, lse, bias, is_causal, scale):
-        return _FLASH_BACKWARD(dout, q, k, v, out, lse, 0.0, is_causal, attn_mask=bias, scale=scale)
-
-
 def _prepare(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     x = x.to(dtype)
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _tiles(x: torch.Tensor, start: int, length: int, part: Part, step: int) -> torch.Tensor:
+    """View of x [tokens, heads, H] as [P, heads, length, H]."""
+    token, head, last = x.stride()
+    return x.as_strided(
+        (part.num_tiles, x.shape[1], length, x.shape[2]),
+        (step * token, head, token, last),
+        x.storage_offset() + start * token,
+    )
+
+
+def _row_tiles(x_TNH: torch.Tensor, part: Part) -> torch.Tensor:
+    return _tiles(x_TNH, part.row_start, part.num_rows, part, part.row_step)
+
+
+def _key_tiles(x_SKH: torch.Tensor, part: Part) -> torch.Tensor:
+    return _tiles(x_SKH, part.key_start, part.num_keys, part, part.key_step)
+
+
+def _lse_tiles(lse_NT: torch.Tensor, part: Part) -> torch.Tensor:
+    """View of lse [N, T] as [P, N, R]."""
+    head, token = lse_NT.stride()
+    return lse_NT.as_strided(
+        (part.num_tiles, lse_NT.shape[0], part.num_rows),
+        (part.row_step * token, head, token),
+        lse_NT.storage_offset() + part.row_start * token,
+    )
 
 
 def cpu_fwd(
@@ -42,9 +58,24 @@ def cpu_fwd(
     lse_NT: torch.Tensor,
     is_fresh: bool,
 ) -> None:
-    """Merge the attention over these keys into (out, lse), fp32 or fp64, in place."""
+    """Merge the attention over these keys into (out, lse), fp32 or fp64, in place.
+
+    is_fresh: out and lse are zeros and -inf, so a row's first part is written, not merged.
+    """
     q, k, v = (_prepare(x, out_TNH.dtype) for x in (q_TNH, k_SKH, v_SKH))
-    parts_fwd(_CpuFlash, q, k, v, plan, scale, out_TNH, lse_NT, is_fresh)
+    for index, part in enumerate(plan.parts):
+        bias = plan.bias(index, q.device, q.dtype)
+        tiles = (_row_tiles(q, part), _key_tiles(k, part), _key_tiles(v, part))
+        part_out, part_lse = _FLASH(*tiles, 0.0, part.is_causal, attn_mask=bias, scale=scale)
+        out, lse = _row_tiles(out_TNH, part), _lse_tiles(lse_NT, part)
+        if is_fresh and part.is_first:
+            out.copy_(part_out)
+            lse.copy_(part_lse)
+            continue
+        # share = exp(part_lse) / (exp(part_lse) + exp(lse)); 1 where lse is -inf
+        share = torch.sigmoid(part_lse - lse)
+        out.lerp_(part_out.to(out.dtype), share[..., None])
+        lse.copy_(torch.logaddexp(lse, part_lse))
 
 
 def cpu_bwd(
@@ -60,10 +91,20 @@ def cpu_bwd(
     dk_SKH: torch.Tensor,
     dv_SKH: torch.Tensor,
 ) -> None:
-    """Add the gradients of these keys' part of the row to dq, dk, dv.
+    """Add the gradients of these keys' part of the row to dq, dk, dv, fp32 or fp64, in place.
 
-    The operator computes delta from dout and out itself.
+    out and lse are those of the whole row; the operator computes delta from dout and out itself.
     """
     dtype = dq_TNH.dtype
     dout, q, k, v, out = (_prepare(x, dtype) for x in (dout_TNH, q_TNH, k_SKH, v_SKH, out_TNH))
-    parts_bwd(_CpuFlash, dout, q, k, v, out, lse_NT, plan, scale, dq_TNH, dk_SKH, dv_SKH)
+    for index, part in enumerate(plan.parts):
+        dq, dk, dv = _FLASH_BACKWARD(
+            *(_row_tiles(dout, part), _row_tiles(q, part)),
+            *(_key_tiles(k, part), _key_tiles(v, part)),
+            *(_row_tiles(out, part), _lse_tiles(lse_NT, part), 0.0, part.is_causal),
+            attn_mask=plan.bias(index, q.device, q.dtype),
+            scale=scale,
+        )
+        _row_tiles(dq_TNH, part).add_(dq)
+        _key_tiles(dk_SKH, part).add_(dk)
+        _key_tiles(dv_SKH, part).add_(dv)
