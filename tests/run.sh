@@ -35,7 +35,7 @@ if [ "$suite" = py312 ]; then
   prepare_environment .venv312 "$base" test "torch" "megatron-core>=0.19,<0.20"
   python -c 'import platform, torch, megatron.core as core
 print("python", platform.python_version(), "torch", torch.__version__, "megatron-core", core.__version__)'
-  exec python -m pytest -m "${gpu}not long" tests/train tests/checkpoint "$@"
+  exec python -m pytest -m "${gpu}not long" tests/train tests/checkpoint tests/hf "$@"
 fi
 
 base=$(find_python)

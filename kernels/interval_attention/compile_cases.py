@@ -35,7 +35,7 @@ _QUERY_SOURCES, _KEY_SOURCES = ("q", "dout"), ("k", "v")
 
 
 def compile_cases() -> list[CompileCase]:
-    """Every configuration that `triton_impl` can launch."""
+    """Every configuration that `triton_impl` can launch at the head sizes listed here."""
     cases = [_stats_case()]
     sizes = [*itertools.product((torch.bfloat16, torch.float32), _HEAD_DIMS), (torch.float16, 128)]
     for dtype, head_dim in sizes:

@@ -88,7 +88,7 @@ def run_ranks(world_size: int, *arguments: Path) -> None:
             "PYTHONWARNINGS": "ignore",
             "CUDA_VISIBLE_DEVICES": "",
         }
-        program = str(ROOT / "tests" / "checkpoint" / "megatron_ranks.py")
+        program = str(ROOT / "tests" / "hf" / "megatron_ranks.py")
         ranks.append(
             subprocess.Popen(
                 [sys.executable, program, *map(str, arguments)],

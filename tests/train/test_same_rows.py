@@ -101,7 +101,7 @@ class Recorder(MicroBatchBuilder):
 
 def context_of(layout: str, cp_size: int) -> Planned:
     group = SimpleNamespace(size=lambda: cp_size)
-    return Planned(layout, GATHER, CostModel(), group, torch.device("cpu"))
+    return Planned(layout, GATHER, CostModel(), (1, 1), group, torch.device("cpu"))
 
 
 def read_rank(
