@@ -1,1 +1,1 @@
-"""Checkpoints: the step folder, its weights, and their Hugging Face form."""
+"""Sharded checkpoints of a run: step folders, their weights, and the tokenizer beside them."""

@@ -1,1 +1,1 @@
-"""Hugging Face folders in and out."""
+"""Checkpoints to Hugging Face folders and back; only the tools import it."""
