@@ -1,12 +1,12 @@
 """Files behind URLs (s3://, gs://, hf://, https://: whatever fsspec knows), kept in a local folder.
 
     <cache>/s3/bucket/books.bin/<key>/books.bin    the file, or the files of a folder or prefix
-    <cache>/s3/bucket/books.bin/<key>.partial/     meanwhile; what is complete stays for next time
+    <cache>/s3/bucket/books.bin/<key>.partial/     while fetching; complete files stay
     <cache>/s3/bucket/books.bin/<key>.lock         held by the process that fetches
 
 The key is a hash of the name, size and version (ETag, time of change) of every file: one that
-changes at its source is fetched anew. <cache> is $LCLM_CACHE, or ~/.cache/lclm. Nothing in it is
-ever removed here; whoever needs the room may. URLs become local paths here, before anything else
+changes at its source is fetched again. <cache> is $LCLM_CACHE, or ~/.cache/lclm. Nothing is ever
+removed from it here; delete it to free space. URLs become local paths here, before anything else
 sees them.
 """
 
@@ -40,11 +40,11 @@ def is_remote(path: str) -> bool:
 def fetch_inputs(paths: Sequence[str]) -> list[Path]:
     """Local paths of files, folders and patterns such as `s3://bucket/*.jsonl`, in order.
 
-    A path that is no URL comes back as it is.
+    A path that is not a URL is returned unchanged.
 
     Raises:
         ValueError: there is no such file, it may not be read, or a package is missing.
-        OSError: it cannot be fetched, also not when tried again.
+        OSError: it cannot be fetched, even after retries.
     """
     found: list[Path] = []
     for path in paths:
@@ -63,9 +63,9 @@ def fetch_inputs(paths: Sequence[str]) -> list[Path]:
 
 @functools.cache
 def fetch_prefix(prefix: str) -> str:
-    """Local prefix of an indexed prefix; one that is no URL comes back as it is.
+    """Local prefix of an indexed prefix; one that is not a URL is returned unchanged.
 
-    Looked at once in a process: what is read stays one version.
+    Resolved once per process, so that all reads see one version.
 
     Raises:
         ValueError, OSError: as `fetch_inputs`.
@@ -110,7 +110,7 @@ def _connect(url: str) -> tuple[Any, str]:
 
 
 def _ask(url: str, question: Callable[[], Any]) -> Any:
-    """The answer of a store, asked again where it fails: each has errors of its own.
+    """The answer of a store, with retries on any error: each store raises its own kinds.
 
     Raises:
         FileNotFoundError, PermissionError: at once.
@@ -139,7 +139,7 @@ def _info(system: Any, url: str, path: str) -> dict[str, Any]:
 
 
 def _fetch_one(system: Any, url: str, path: str) -> Path:
-    """A file or a folder; HTTP knows no folders, but for names that end in a slash."""
+    """A file or a folder; HTTP has no folders, except names that end in a slash."""
     name = PurePosixPath(path).name
     if not path.endswith("/"):
         info = _info(system, url, path)
@@ -153,7 +153,7 @@ def _fetch_one(system: Any, url: str, path: str) -> Path:
             info = _info(system, there, there)
         files[f"{name}/{there.removeprefix(root)}"] = info
     if not files:
-        raise ValueError(f"{url}: holds no file; check the URL")
+        raise ValueError(f"{url}: contains no file; check the URL")
     return _fetch_files(system, url, files) / name
 
 
@@ -162,7 +162,7 @@ def _fetch_files(system: Any, url: str, files: Mapping[str, Mapping[str, Any]]) 
     scheme, _, rest = url.partition("://")
     place = PurePosixPath(scheme, *PurePosixPath(rest.lstrip("/")).parts)
     if any(".." in PurePosixPath(name).parts for name in (str(place), *files)):
-        raise ValueError(f"{url}: must not hold '..'; write it without")
+        raise ValueError(f"{url}: must not contain '..'; remove it")
     facts = [
         [name, info["name"], info.get("size"), *(str(info.get(key)) for key in VERSIONS)]
         for name, info in sorted(files.items())
@@ -193,7 +193,7 @@ def _fetch_file(system: Any, url: str, info: Mapping[str, Any], path: Path) -> N
     def fetch_once() -> None:
         system.get_file(info["name"], str(beside))
         if info.get("size") not in (None, beside.stat().st_size):
-            raise OSError(f"{beside.stat().st_size} bytes came instead of {info['size']}")
+            raise OSError(f"{beside.stat().st_size} bytes arrived instead of {info['size']}")
 
     with replace_files(path) as (beside,):
         try_again(fetch_once, f"{url}: {path.name} cannot be fetched", Exception)

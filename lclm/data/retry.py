@@ -1,4 +1,4 @@
-"""Reads that are tried again: file systems and networks fail now and then, for seconds."""
+"""Reads with retries: file systems and networks sometimes fail for a few seconds."""
 
 import logging
 import os
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
-WAITS = (0.5, 2.0, 8.0, 30.0)  # seconds before each further try
-SLOW_SECONDS = 10.0  # of a read that is worth a line in the log
+WAITS = (0.5, 2.0, 8.0, 30.0)  # seconds before each retry
+SLOW_SECONDS = 10.0  # reads that take longer are logged
 logger = logging.getLogger(__name__)
 
 
@@ -24,8 +24,8 @@ def try_again(
     Args:
         action: may be called several times.
         problem: names what is read and says that it cannot be, for messages.
-        errors: on which it is worth trying again.
-        final: those on which it is not; raised as they are.
+        errors: those worth a retry.
+        final: those not worth one; raised unchanged.
 
     Raises:
         OSError: every try failed; starts with problem.
@@ -38,8 +38,8 @@ def try_again(
         except errors as error:
             if wait is None:
                 raise OSError(
-                    f"{problem}, also not when tried {len(WAITS)} times again ({error}); check the "
-                    "file and its file system"
+                    f"{problem}, even after {len(WAITS)} retries ({error}); check the file and its "
+                    "file system"
                 ) from error
             logger.warning("%s (%s); trying again in %g s", problem, error, wait)
             time.sleep(wait)
@@ -49,15 +49,15 @@ def try_again(
 class RetryingFile:
     """A file read by position, safe from several threads.
 
-    Not memory-mapped: a failing read of a mapped file ends the process by SIGBUS, unnamed.
+    Not memory-mapped: a failing read of a mapped file ends the process by SIGBUS and names nothing.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  open as long as the object
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  open while the object lives
 
     def read(self, start: int, num_bytes: int) -> bytes:
-        """Bytes [start, start + num_bytes); what takes long is named in the log.
+        """Bytes [start, start + num_bytes); a slow read is logged.
 
         Raises:
             OSError: every try failed or gave fewer bytes; names the file.

@@ -89,7 +89,7 @@ def test_reads_are_tried_again_and_then_name_the_file(write_prefix, flaky, monke
     assert reader.read(1).tolist() == [6, 7, 8, 9] and flaky["calls"] == 3
     assert caplog.text.count("trying again in") == 2
     flaky["left"] = 3
-    with pytest.raises(OSError, match=r"a\.bin: bytes \[20, 36\) cannot be read, also not when"):
+    with pytest.raises(OSError, match=r"a\.bin: bytes \[20, 36\) cannot be read, even after"):
         reader.read(1)
 
 
