@@ -23,7 +23,7 @@ Train a model through the stages of a TOML file.
   python -m lclm.train run.toml --dry-run --world-size 64    print what would run
 
 Overrides are written key.path=value; lists are counted from 0: stage.0.seq_length=65536.
-A run goes on from the newest checkpoint of its run folder unless checkpoint.resume=never.
+A run continues from the newest checkpoint in its run folder unless checkpoint.resume=never.
 """
 
 
@@ -41,7 +41,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--world-size",
         type=int,
         default=0,
-        help="number of processes to plan for with --dry-run (default: those of this start)",
+        help="number of processes to plan for with --dry-run (default: those of this launch)",
     )
     return parser.parse_intermixed_args(arguments)
 
@@ -57,7 +57,7 @@ def prepare(arguments: argparse.Namespace) -> Config:
         planned = [] if missing else plan_stages(config)
         sys.stdout.write(describe(config, world_size, planned) + "\n")
         if missing:
-            sys.stdout.write(f"data       not planned: {', '.join(missing)} not there\n")
+            sys.stdout.write(f"data       not planned: {', '.join(missing)} not found\n")
     return config
 
 

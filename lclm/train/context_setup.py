@@ -1,4 +1,4 @@
-"""How the context ranks of a run work together: what their machine does, and what follows."""
+"""How the context ranks of a run work together: their machine's rates, and what these decide."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def find_machine(config: Config, mesh: Mesh) -> Machine | None:
-    """What this run's ranks do, equal on all of them: as the run folder says, or measured now.
+    """The rates of this run's ranks, equal on all: read from the run folder, or measured now.
 
     What is measured stays in the run folder, so that a run that goes on in the same layout deals
     out its rows as before, bit for bit. In another layout or another folder the rates, and so plans
@@ -53,7 +53,7 @@ def find_machine(config: Config, mesh: Mesh) -> Machine | None:
 
 
 def choose_comm(config: Config, cost: CostModel | None, rows: Sequence[np.ndarray]) -> Comm:
-    """How queries meet keys: as configured, or what is predicted to be fast for some rows.
+    """The communication mode: as configured, or the one predicted to be fast for some rows.
 
     Args:
         cost: of `attention_cost`; needed only where rows are looked at.
@@ -81,7 +81,7 @@ def choose_comm(config: Config, cost: CostModel | None, rows: Sequence[np.ndarra
 def build_context(
     config: Config, mesh: Mesh, machine: Machine | None, rows: Sequence[np.ndarray]
 ) -> ContextParallel:
-    """How rows are dealt out and queries meet keys; `rows` as in `choose_comm`, equal on all ranks.
+    """Layout and communication mode of a stage; `rows` as in `choose_comm`, equal on all ranks.
 
     `machine` is that of `find_machine`. All processes of the world must call it at the same time:
     it may make groups.
@@ -89,7 +89,7 @@ def build_context(
     model, parallel = config.model, config.parallel
     cost = None if machine is None else attention_cost(config, mesh.dtype.itemsize, machine)
     chosen = [choose_comm(config, cost, rows)]
-    dist.broadcast_object_list(chosen)  # processors of other kinds may round otherwise
+    dist.broadcast_object_list(chosen)  # other processors may round differently
     comm, head_group, ring_group = chosen[0], None, None
     if comm.name == "ulysses_ring":
         head_group, ring_group = split_context(mesh.cp_group, comm.ulysses_size)

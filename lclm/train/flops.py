@@ -39,5 +39,5 @@ def row_flops(model: ModelConfig, doc_lengths: np.ndarray) -> float:
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Peak bf16 FLOP/s of a device by its name, or None where it is not known."""
+    """Peak bf16 FLOP/s of a device by its name, or None if unknown."""
     return next((peak for name, peak in PEAK_BF16.items() if name in device_name), None)

@@ -122,7 +122,7 @@ class Run:
     ) -> Iterator[MicroBatch]:
         """This rank's micro-batches of all these steps of a stage, one after another, on the host.
 
-        Runs on a thread of its own, which has a current GPU of its own.
+        Runs on its own thread, for which the current GPU has to be set.
         """
         if self.mesh.device.type == "cuda":
             torch.cuda.set_device(self.mesh.device)
@@ -265,13 +265,13 @@ class Run:
 
 
 class Stopwatch:
-    """Adds up the time that an iterator takes to give its items."""
+    """Adds up the time that an iterator takes to yield its items."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
     def iterate(self, items: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
-        """Pass the items on, timed."""
+        """Yield the items and time them."""
         while True:
             start = time.perf_counter()
             item = next(items, None)
@@ -282,7 +282,7 @@ class Stopwatch:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes, for the record."""
+    """Versions of the software that computes, for the record."""
     found = {
         "lclm": lclm.__version__,
         "python": platform.python_version(),

@@ -33,7 +33,7 @@ class MicroBatch:
     row: RowContext
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same on a device. From pinned memory copies queue up like kernels: none waits."""
+        """The same on a device. Copies from pinned memory queue up like kernels; none waits."""
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, non_blocking=True)
@@ -71,7 +71,7 @@ class MicroBatchBuilder:
         return self.prepare(row, is_counted).to(self._mesh.device)
 
     def prepare(self, row: Row, is_counted: bool = True) -> MicroBatch:
-        """Shard a row, in host memory, pinned where the device is a GPU; its attention is planned.
+        """Shard a row in host memory (pinned where the device is a GPU) and plan its attention.
 
         Labels are made on the whole row, so none is lost at a chunk border. A row that is not
         counted has no labels: it keeps ranks in step and changes no sum.
@@ -112,8 +112,8 @@ def deal_rows(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
 
     Equal counts, longest first: each round hands one row to every rank, the longest of the round to
     the rank with least so far. So ranks finish together, and their n-th micro-batches are alike.
-    The loss is a sum over all rows, so who computes which changes nothing (ProLong sorts within a
-    step for the same reason, arXiv 2410.02660, table 15).
+    The loss is a sum over all rows, so which rank computes a row changes nothing (ProLong sorts
+    within a step for the same reason, arXiv 2410.02660, table 15).
 
     Args:
         costs: predicted cost of each row, in any unit.

@@ -30,8 +30,8 @@ class Position:
 def find_position(config: Config, step: int) -> Position:
     """Where a run stands after `step` optimizer steps.
 
-    At the border of two stages it is the start of the later one; after the last step it is the end
-    of the last stage.
+    At the boundary of two stages it is the start of the later one; after the last step it is the
+    end of the last stage.
     """
     tokens = 0
     for number, stage in enumerate(config.stage):
@@ -44,7 +44,7 @@ def find_position(config: Config, step: int) -> Position:
 
 
 def plan_stages(config: Config, cache_dir: Path | None = None) -> list[StageRows]:
-    """Decide every row of the run, stage after stage, each domain going on where it stopped.
+    """Decide every row of the run, stage by stage; each domain continues where it stopped.
 
     Args:
         config: a checked configuration.
@@ -105,7 +105,7 @@ def plan_validation(config: Config) -> list[list[HeldOutRows]]:
 
 
 def attention_cost(config: Config, number_bytes: int, machine: Machine) -> CostModel:
-    """A layer's attention on one rank; a number of q, k or v has `number_bytes`."""
+    """A layer's attention on one rank; `number_bytes` is the size of an element of q, k and v."""
     model, parallel = config.model, config.parallel
     is_recomputed = config.train.recompute == "full"
     return CostModel(
@@ -125,7 +125,7 @@ def domain_names(planned: Sequence[StageRows]) -> list[str]:
 
 
 def missing_data(config: Config) -> list[str]:
-    """Index files that the configuration names and that are not there; URLs are fetched later."""
+    """Index files that the configuration names but that do not exist; URLs are fetched later."""
     prefixes = dict.fromkeys(entry.prefix for stage in config.stage for entry in stage.mixture)
     local = [prefix for prefix in prefixes if not is_remote(prefix)]
     return [f"{prefix}.idx" for prefix in local if not Path(f"{prefix}.idx").is_file()]

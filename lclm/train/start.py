@@ -1,4 +1,4 @@
-"""What a run starts from. Refuses what cannot be run before anything is computed or written."""
+"""What a run starts from. Rejects what cannot be run before anything is computed or written."""
 
 import logging
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Start:
     checkpoint: Path | None
     """Checkpoint folder to resume from."""
     weights: Path | None
-    """Checkpoint folder whose weights alone are taken, where nothing is resumed."""
+    """Checkpoint folder from which only the weights are taken, if nothing is resumed."""
 
 
 def find_start(config: Config) -> Start:
@@ -39,7 +39,7 @@ def find_start(config: Config) -> Start:
 
     Raises:
         ConfigError: the vocabulary of the tokenizer or of a data file exceeds the model's.
-        CheckpointError: a checkpoint is wanted and absent, of another architecture, or of a run
+        CheckpointError: a checkpoint is required but missing, of another architecture, or of a run
             whose stages had other lengths.
         ValueError: a data file or the tokenizer cannot be read, or data files were written with
             different tokenizers.
@@ -77,7 +77,7 @@ def _load_tokenizer(config: Config) -> Tokenizer | None:
 
 
 def _check_data(config: Config, tokenizer: Tokenizer | None) -> None:
-    """Every file fits the model's vocabulary, and all of all stages come from one tokenizer."""
+    """Every file fits the model's vocabulary, and those of all stages come from one tokenizer."""
     prefixes = dict.fromkeys(e.prefix for stage in config.stage for e in stage.mixture)
     readers = [IndexedReader(fetch_prefix(prefix)) for prefix in prefixes]
     for reader in readers:
@@ -92,7 +92,7 @@ def _check_data(config: Config, tokenizer: Tokenizer | None) -> None:
         if tokenizer is not None and digest not in (None, tokenizer.sha256):
             logger.warning(
                 "mixture: %s was written with another tokenizer file than data.tokenizer(%s) "
-                "(sha256 %s and %s): right only where both files hold the same tokenizer",
+                "(sha256 %s and %s): correct only if both files hold the same tokenizer",
                 reader.prefix,
                 config.data.tokenizer,
                 digest[:12],

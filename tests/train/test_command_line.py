@@ -57,7 +57,7 @@ def test_dry_run_prints_the_numbers_and_trains_nothing(run_file: Path) -> None:
 def test_dry_run_without_data_says_so(run_file: Path) -> None:
     result = call(str(run_file), "--dry-run", "stage.0.mixture.0.prefix=absent")
     assert result.returncode == 0, result.stderr
-    assert "not planned: absent.idx not there" in result.stdout
+    assert "not planned: absent.idx not found" in result.stdout
 
 
 REFUSALS = {
