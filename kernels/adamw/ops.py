@@ -152,7 +152,7 @@ def _triton_refusal(tensors: tuple[list[torch.Tensor], ...]) -> str:
         if not is_dense or any(other.stride() != param.stride() for other in others):
             strides = [tensor.stride() for tensor in (param, *others)]
             return (
-                "takes parameters without gaps whose gradients and moments are laid out alike, "
+                "takes dense parameters with the same strides as their gradients and moments, "
                 f"one of {list(param.shape)} has strides {strides}"
             )
     return ""

@@ -50,7 +50,7 @@ def forward(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together or the implementation, an input
-            requires grad, or the carry does not hold each of its numbers in a place of its own.
+            requires grad, or elements of the carry share memory.
     """
     _check_qkv(q_TNH, k_SKH, v_SKH, plan, scale)
     chosen = _choose(q_TNH, scale, implementation)
@@ -214,15 +214,15 @@ def _check_accumulator(
     if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride())):
         raise ValueError(
             f"{_WHERE}{name} {list(shape)} of strides {list(x.stride())} is expanded: several of "
-            "its elements share one place, which cannot be added to; clone it"
+            "its elements share memory and cannot be added to separately; clone it"
         )
 
 
 def _check_no_grad(name: str, x: torch.Tensor) -> None:
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"{_WHERE}{name} {list(x.shape)} requires grad, and autograd does not see what happens "
-            "to it here; call under torch.no_grad() or use interval_attention()"
+            f"{_WHERE}{name} {list(x.shape)} requires grad, and autograd does not track what "
+            "is done to it here; call under torch.no_grad() or use interval_attention()"
         )
 
 

@@ -52,9 +52,9 @@ def linear_cross_entropy(
         ignored, and of weight > 0 if there are weights).
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, the implementation asked for cannot
-            serve them, or a label is in no shard. The latter is found
-            on CPU tensors only; on a GPU it makes the loss NaN instead of waiting for the device.
+        ValueError: shapes, dtypes or devices do not fit, the requested implementation cannot
+            take them, or a label is in no shard. The latter is found on CPU tensors
+            only; on a GPU it makes the loss NaN instead of waiting for the device.
     """
     _check_inputs(hidden, weight, labels, vocab_start, chunk_tokens, label_weights)
     chosen = _choose(implementation, hidden)

@@ -1,7 +1,7 @@
 """Public functions of the native library: dispatch to C++ or to the NumPy twin, same results.
 
 The library is looked for beside this file, where an install puts it, then in the build folders of a
-checkout. Where it is missing, `implementation="auto"` takes the twin and says so once.
+checkout. Where it is missing, `implementation="auto"` uses the twin and logs it once.
 """
 
 import ctypes
@@ -44,7 +44,7 @@ def _open_first(folders: tuple[Path, ...]) -> ctypes.CDLL | None:
         path = folder / LIBRARY_NAME
         if path.is_file():
             return _open(path)
-    logger.warning("native: %s is not built; its NumPy twin runs, only slower", LIBRARY_NAME)
+    logger.warning("native: %s is not built; its slower NumPy twin is used", LIBRARY_NAME)
     return None
 
 
@@ -83,7 +83,7 @@ def choose_library(implementation: str) -> ctypes.CDLL | None:
     library = None if implementation == "reference" else load_native()
     if library is None and implementation == "native":
         raise ValueError(
-            f"native: implementation='native' asked for, but {LIBRARY_NAME} is not built; "
+            f"native: implementation='native' was requested, but {LIBRARY_NAME} is not built; "
             "build it (pip install -e .) or use auto"
         )
     return library
@@ -93,7 +93,7 @@ def check_lengths(lengths: np.ndarray) -> np.ndarray:
     """Contiguous, aligned int32 lengths; ValueError for another type or shape."""
     if lengths.ndim != 1 or lengths.dtype != np.int32:
         raise ValueError(
-            f"native: lengths must be int32 of one dimension, got {lengths.dtype} of shape "
+            f"native: lengths must be int32 and one-dimensional, got {lengths.dtype} of shape "
             f"{lengths.shape}; convert them"
         )
     return np.require(lengths, requirements=["C", "A"])
@@ -106,7 +106,7 @@ def pack_concat(
     num_rows: int,
     implementation: str = "auto",
 ) -> ConcatRows | None:
-    """Cut a stream of documents into rows; a document cut by a row's end goes on in the next.
+    """Cut a stream of documents into rows; a document cut by a row's end continues in the next.
 
     Args:
         lengths: int32 [documents], tokens of each document in stream order (0 is allowed).
@@ -129,7 +129,7 @@ def pack_concat(
         )
     if start_offset > (lengths[0] if len(lengths) else 0):
         raise ValueError(
-            f"native: start_offset({start_offset}) lies behind the first document of "
+            f"native: start_offset({start_offset}) lies beyond the first document of "
             f"{lengths[:1].tolist()} tokens; start at the next document"
         )
     library = choose_library(implementation)

@@ -64,7 +64,7 @@ def rms_norm(
 
     Raises:
         ValueError: weight is not [D] or on another device, eps is not positive, or the
-            implementation asked for cannot serve x and weight.
+            requested implementation cannot take x and weight.
     """
     if x.dim() < 1 or weight.shape != x.shape[-1:] or not weight.numel():
         raise ValueError(
@@ -79,6 +79,6 @@ def rms_norm(
     if x.shape[-1] > _MAX_SIZE:
         refusal = f"takes rows of up to {_MAX_SIZE}, these have {x.shape[-1]}"
     elif weight.dtype not in _FLOATS:
-        refusal = f"takes no weight of {weight.dtype}"
+        refusal = f"does not take a weight of {weight.dtype}"
     chosen = choose("rms_norm", implementation, x.device, x.dtype, _CANDIDATES, {"triton": refusal})
     return _RMSNormFunction.apply(x, weight, eps, chosen)

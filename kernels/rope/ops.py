@@ -111,8 +111,8 @@ def apply_rope(
         [T, N, H] in x's dtype; the arithmetic is in fp32 or wider.
 
     Raises:
-        ValueError: the shapes or devices do not belong together, the table wants a gradient, or
-            the implementation asked for cannot serve them.
+        ValueError: the shapes or devices do not match, the table requires a gradient, or
+            the requested implementation cannot take them.
     """
     if x_TNH.dim() != 3 or x_TNH.shape[-1] % 2:
         raise ValueError(f"rope: x must be [T, N, H] with even H, got {list(x_TNH.shape)}")
@@ -161,8 +161,8 @@ def apply_rope_to_qkv(
         )
     if qkv.requires_grad and qkv.is_leaf and torch.is_grad_enabled():
         raise ValueError(
-            f"rope: qkv {list(qkv.shape)} is a leaf that requires grad, which autograd lets nobody "
-            "overwrite; rotate a projection's output, or a clone"
+            f"rope: qkv {list(qkv.shape)} is a leaf that requires grad, which autograd "
+            "does not let anyone overwrite; rotate a projection's output, or a clone"
         )
     _check_table(qkv, shape[2], cos, sin)
     chosen = _choose(implementation, qkv, cos, sin, shape[2])

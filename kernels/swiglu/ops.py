@@ -56,7 +56,7 @@ def swiglu(x: torch.Tensor, implementation: str = AUTO) -> torch.Tensor:
         [..., F] in x's dtype.
 
     Raises:
-        ValueError: the last size of x is odd, or the implementation asked for cannot serve x.
+        ValueError: the last size of x is odd, or the requested implementation cannot take x.
     """
     if x.dim() < 1 or x.shape[-1] % 2:
         raise ValueError(f"swiglu: x must be [..., 2F] (gate, then up), got {list(x.shape)}")

@@ -60,13 +60,13 @@ def to_transformer_config(config: Config, mesh: Mesh) -> TransformerConfig:
         recompute_granularity="full" if config.train.recompute == "full" else None,
         recompute_method="uniform" if config.train.recompute == "full" else None,
         recompute_num_layers=1 if config.train.recompute == "full" else None,
-        # Weights are allocated on the device in force and filled by `init_weights`, so that every
+        # Weights are allocated on the default device and filled by `init_weights`, so that every
         # layout starts from the same numbers.
         use_cpu_initialization=True,
         perform_initialization=False,
         # One checkpoint key per layer: any pipeline split can read it, and so can the converter.
         hetereogenous_dist_checkpoint=True,
-        # These fusions need apex, Transformer Engine or CUDA; lclm's own ops stand in their place.
+        # These fusions need apex, Transformer Engine or CUDA; lclm's own ops replace them.
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,

@@ -69,7 +69,7 @@ class LlamaModel(LanguageModule):
         self.setup_embeddings_and_output_layer()
 
     def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor]) -> None:
-        """Take the activations of the pipeline stage before; called by the schedule."""
+        """Take the activations of the previous pipeline stage; called by the schedule."""
         tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         self.decoder.set_input_tensor(tensor)
 

@@ -116,7 +116,7 @@ def test_large_random_input_uses_only_what_it_needs(implementation):
     [
         (lambda: pack_concat(np.array([1]), 0, 4, 1), "must be int32"),
         (lambda: pack_concat(np.array([1], np.int32), 0, 0, 1), "row_length"),
-        (lambda: pack_concat(np.array([1], np.int32), 2, 1, 1), "behind the first document"),
+        (lambda: pack_concat(np.array([1], np.int32), 2, 1, 1), "beyond the first document"),
         (lambda: pack_concat(np.array([1], np.int32), 0, 1, 1, "cuda"), "does not exist"),
         (
             lambda: pack_exact(np.array([9], np.int32), np.array([2, 4]), np.array([1, 1])),
@@ -137,7 +137,7 @@ def test_a_missing_library_is_said_once(tmp_path, monkeypatch, caplog):
         assert ops._open_first((tmp_path,)) is None
         assert ops._open_first((tmp_path,)) is None
     assert [r.message for r in caplog.records] == [
-        "native: liblclm_native.so is not built; its NumPy twin runs, only slower"
+        "native: liblclm_native.so is not built; its slower NumPy twin is used"
     ]
     monkeypatch.setattr(ops, "load_native", lambda: None)
     lengths = np.array([3], np.int32)
