@@ -2,14 +2,14 @@
 
 Letters: T query tokens, S key tokens. Row t sees the keys [lo[t], hi[t]). Pure NumPy.
 
-How a mask is cut into parts (`Part`), for implementations built on dense attention operators:
+How a mask is cut into parts (`Part`), for the `cpu` implementation, which hands them to a dense operator:
 
 - Rows that all see the same keys are one rectangle.
 - Other rows are cut into tiles of at most TILE rows whose key window, from the last key of the
   tile's first row to the last key of its last row, is at most TILE wide. The window is one masked
   TILE x TILE block, or one causal square; what a row sees left of the window is a rectangle.
 
-This is why the rule is so: dense CPU and GPU operators work in blocks of 64 to 512 keys, so a
+This is why the rule is so: dense operators work in blocks of 64 to 512 keys, so a
 causal call on a document of 1,000 tokens computes up to half as many pairs again as it has.
 Tiles keep the waste to TILE / 2 keys per row whatever the length, and their number depends on T
 alone: 2,048 documents of 4 tokens make the same 64 tiles as one of 8,192. Tiles that follow one

@@ -12,7 +12,7 @@ from ..backend import IS_INTERPRETED
 
 MAX_HEAD_DIM = 256
 MIN_BLOCK_H = 64
-_TMA_BYTES = 16  # strides are multiples of it
+TMA_ALIGNMENT = 16  # bytes, of addresses and strides
 STATS_BLOCK = 256  # rows of a program of attention_stats_kernel
 _MIN_CAPABILITY = (8, 0)  # bf16 on tensor cores
 _TMA_CAPABILITIES = ((9, 0), (12, 0))  # from, below: GeForce has TMA from 12.0 on, with 99 KiB
@@ -99,7 +99,7 @@ def use_tma_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool
 
     fp32 is not: without tensor cores the tiles go through registers, and those would spill.
     """
-    if dtype.itemsize != 2 or head_dim * dtype.itemsize % _TMA_BYTES:
+    if dtype.itemsize != 2 or head_dim * dtype.itemsize % TMA_ALIGNMENT:
         return False
     if device.type == "cpu":
         return IS_INTERPRETED

@@ -14,6 +14,7 @@ from ..backend import on_device
 from .plan import IntervalPlan
 from .tilings import (
     STATS_BLOCK,
+    TMA_ALIGNMENT,
     Tiling,
     choose_tiling,
     delta_block,
@@ -28,7 +29,6 @@ from .triton_bwd import (
 )
 from .triton_fwd import attention_fwd_kernel
 
-_TMA_ALIGNMENT = 16  # bytes, of addresses and strides
 _LOG2_E = 1.4426950408889634
 
 
@@ -175,8 +175,8 @@ class _Source:
 def _is_aligned(x: torch.Tensor) -> bool:
     """Whether TMA can read x: 16-byte aligned, and no dim lies upon itself."""
     strides = (x.stride(0), x.stride(1))
-    return x.data_ptr() % _TMA_ALIGNMENT == 0 and all(
-        stride > 0 and stride * x.element_size() % _TMA_ALIGNMENT == 0 for stride in strides
+    return x.data_ptr() % TMA_ALIGNMENT == 0 and all(
+        stride > 0 and stride * x.element_size() % TMA_ALIGNMENT == 0 for stride in strides
     )
 
 
