@@ -2,7 +2,8 @@
 
 Letters: T query tokens, S key tokens. Row t sees the keys [lo[t], hi[t]). Pure NumPy.
 
-How a mask is cut into parts (`Part`), for the `cpu` implementation, which hands them to a dense operator:
+How a mask is cut into parts (`Part`), for the `cpu` implementation, which hands each of them to a
+dense operator:
 
 - Rows that all see the same keys are one rectangle.
 - Other rows are cut into tiles of at most TILE rows whose key window, from the last key of the
