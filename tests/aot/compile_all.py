@@ -12,7 +12,6 @@ compile. Exit code 0 if everything compiled, 1 if something did not, 2 for bad u
 
 import argparse
 import importlib
-import importlib.util
 import json
 import multiprocessing
 import re
@@ -25,26 +24,25 @@ from pathlib import Path
 
 import triton
 import triton.backends.nvidia
+from compile_case import CompileCase
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lclm_kernels.compile_case import CompileCase
-
-KERNELS = Path(importlib.util.find_spec("lclm_kernels").submodule_search_locations[0])
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
-BUDGETS = Path(__file__).parent / f"budget_triton_{triton.__version__}"
+FOLDER = Path(__file__).parent
+BUDGETS = FOLDER / f"budget_triton_{triton.__version__}"
 ARCHITECTURES = (90, 80)
 COLUMNS = ("registers", "spill_bytes", "shared_bytes", "tensor_core", "tma", "serialized")
 
 
 def operators() -> list[str]:
     """Operators that have Triton kernels."""
-    return sorted(path.parent.name for path in KERNELS.glob("*/compile_cases.py"))
+    return sorted(path.stem for path in FOLDER.glob("cases/*.py"))
 
 
 def cases_of(operator: str) -> list[CompileCase]:
     """The cases of one operator."""
-    cases = importlib.import_module(f"lclm_kernels.{operator}.compile_cases").compile_cases()
+    cases = importlib.import_module(f"cases.{operator}").compile_cases()
     counts = Counter(case.name for case in cases)
     assert max(counts.values()) == 1, [name for name, count in counts.items() if count > 1]
     return cases

@@ -20,7 +20,7 @@ import triton
 FOLDER = Path(__file__).resolve().parent
 KERNELS = Path(importlib.util.find_spec("lclm_kernels").submodule_search_locations[0])
 BUDGETS = FOLDER / f"budget_triton_{triton.__version__}"
-OPERATORS = sorted(path.parent.name for path in KERNELS.glob("*/compile_cases.py"))
+OPERATORS = sorted(path.stem for path in FOLDER.glob("cases/*.py"))
 TIMEOUT_S = 900  # a minute or two on an idle machine
 MAX_SHARED_BYTES = {90: 232_448, 80: 166_912}  # of one program
 
@@ -86,7 +86,7 @@ def test_every_kernel_has_cases():
     missing = {}
     for folder in {path.parent for path in KERNELS.glob("*/*.py")}:
         kernels = set().union(*(jit_kernels(path) for path in folder.glob("*.py")))
-        cases = folder / "compile_cases.py"
+        cases = FOLDER / "cases" / f"{folder.name}.py"
         text = cases.read_text(encoding="utf-8") if cases.exists() else ""
         named = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
         if kernels - named:

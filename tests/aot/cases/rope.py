@@ -1,11 +1,9 @@
 """Every way in which the trainer compiles the RoPE kernel."""
 
 import torch
+from compile_case import CompileCase, pointer_to
 
-from ..compile_case import CompileCase, pointer_to
-from .triton_impl import launch_config, rope_kernel
-
-__all__ = ["compile_cases"]
+from lclm_kernels.rope.triton_impl import launch_config, rope_kernel
 
 # (name, query heads per kv head, kv heads of a tp rank, head size, dtype)
 _MODELS = (

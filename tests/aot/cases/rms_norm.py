@@ -1,11 +1,14 @@
 """Every way in which the trainer compiles the RMSNorm kernels."""
 
 import torch
+from compile_case import CompileCase, pointer_to
 
-from ..compile_case import CompileCase, pointer_to
-from .triton_impl import bwd_stages, launch_config, rms_norm_bwd_kernel, rms_norm_fwd_kernel
-
-__all__ = ["compile_cases"]
+from lclm_kernels.rms_norm.triton_impl import (
+    bwd_stages,
+    launch_config,
+    rms_norm_bwd_kernel,
+    rms_norm_fwd_kernel,
+)
 
 # (D, dtype): Llama-3-8B, 70B, 405B, a small model whose rows share a program
 _LAUNCHES = (

@@ -1,11 +1,9 @@
 """Every way in which the trainer compiles the SwiGLU kernels."""
 
 import torch
+from compile_case import CompileCase, pointer_to
 
-from ..compile_case import CompileCase, pointer_to
-from .triton_impl import BLOCK_F, NUM_WARPS, swiglu_bwd_kernel, swiglu_fwd_kernel
-
-__all__ = ["compile_cases"]
+from lclm_kernels.swiglu.triton_impl import BLOCK_F, NUM_WARPS, swiglu_bwd_kernel, swiglu_fwd_kernel
 
 
 def compile_cases() -> list[CompileCase]:

@@ -1,6 +1,6 @@
 """How a Triton kernel is compiled ahead of time, without a GPU, for every way it is launched.
 
-An operator with Triton kernels has a module `compile_cases` beside them with one function,
+An operator with Triton kernels has a module in `cases/`, named like it, with one function,
 `compile_cases() -> list[CompileCase]`, built from the same functions that choose tiles and warps
 at launch. The tests compile every case and hold it to a budget of registers and memory.
 """
@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-
-__all__ = ["CompileCase", "pointer_to"]
 
 _POINTERS = {
     torch.float32: "*fp32",

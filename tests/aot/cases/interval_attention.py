@@ -7,21 +7,21 @@ instructions of bf16 but for the names of the types, so one head size stands for
 import itertools
 
 import torch
+from compile_case import CompileCase, pointer_to
 
-from ..compile_case import CompileCase, pointer_to
-from .tilings import (
+from lclm_kernels.interval_attention.tilings import (
     STATS_BLOCK,
     choose_tiling,
     delta_block,
     padded_head_dim,
 )
-from .triton_bwd import (
+from lclm_kernels.interval_attention.triton_bwd import (
     attention_delta_kernel,
     attention_dkdv_kernel,
     attention_dq_kernel,
     attention_stats_kernel,
 )
-from .triton_fwd import UNSPECIALISED, attention_fwd_kernel
+from lclm_kernels.interval_attention.triton_fwd import UNSPECIALISED, attention_fwd_kernel
 
 _HEAD_DIMS = (64, 96, 128, 256)  # of models people train; others are padded to one of these tiles
 _KERNELS = {

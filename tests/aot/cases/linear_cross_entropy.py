@@ -1,12 +1,10 @@
 """Every way in which the trainer compiles the cross-entropy kernel."""
 
 import torch
+from compile_case import CompileCase, pointer_to
 
-from ..compile_case import CompileCase, pointer_to
-from .reference import IGNORED_LABEL
-from .triton_impl import BLOCK_V, NUM_WARPS, cross_entropy_kernel
-
-__all__ = ["compile_cases"]
+from lclm_kernels.linear_cross_entropy.reference import IGNORED_LABEL
+from lclm_kernels.linear_cross_entropy.triton_impl import BLOCK_V, NUM_WARPS, cross_entropy_kernel
 
 # name, READS_STATS, WRITES_GRADIENT
 _LAUNCHES = (

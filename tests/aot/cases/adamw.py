@@ -1,11 +1,9 @@
 """Every way in which the trainer compiles the AdamW kernel."""
 
 import triton.language as tl
+from compile_case import CompileCase
 
-from ..compile_case import CompileCase
-from .triton_impl import BLOCK, NUM_WARPS, adamw_kernel
-
-__all__ = ["compile_cases"]
+from lclm_kernels.adamw.triton_impl import BLOCK, NUM_WARPS, adamw_kernel
 
 
 def compile_cases() -> list[CompileCase]:
