@@ -18,10 +18,8 @@ from typing import Any
 
 import torch
 
-__all__ = ["AUTO", "IS_INTERPRETED", "Candidate", "choose", "on_device", "triton_candidate"]
-
 AUTO = "auto"
-_LOG = logging.getLogger("lclm_kernels")
+logger = logging.getLogger(__name__)
 _logged: set[tuple[str, str, str, str, str]] = set()
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -121,4 +119,4 @@ def _log_once(op: str, name: str, reason: str, device: torch.device, dtype: torc
     key = (op, name, reason, device.type, str(dtype))
     if key not in _logged:
         _logged.add(key)
-        _LOG.info("%s: %s implementation on %s %s (%s)", op, name, device.type, dtype, reason)
+        logger.info("%s: %s implementation on %s %s (%s)", op, name, device.type, dtype, reason)

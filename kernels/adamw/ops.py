@@ -11,8 +11,6 @@ from .reference import adamw_step_reference
 if TYPE_CHECKING:
     from .triton_impl import AdamWTables
 
-__all__ = ["AdamW"]
-
 _CANDIDATES = (
     triton_candidate(torch.float32),
     Candidate("reference", ("cpu", "cuda"), (torch.float32,)),

@@ -2,8 +2,6 @@
 
 import torch
 
-__all__ = ["adamw_step_reference"]
-
 
 @torch.no_grad()
 def adamw_step_reference(

@@ -13,8 +13,6 @@ import triton.language as tl
 
 from ..backend import on_device
 
-__all__ = ["BLOCK", "NUM_WARPS", "AdamWTables", "adamw_kernel"]
-
 BLOCK = 1024  # 8 fp32 per thread and tensor
 NUM_WARPS = 4
 

@@ -26,8 +26,6 @@ import torch
 
 from .tiles import build_key_bounds, build_key_tiles, build_query_tiles
 
-__all__ = ["DeviceTiles", "IntervalPlan", "Part", "make_plan"]
-
 TILE = 128
 # A stretch of tiles under long rectangles first gets one rectangle of COARSE_TILES * TILE rows:
 # the operators reach full speed from about 768 rows on.

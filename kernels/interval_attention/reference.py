@@ -8,8 +8,6 @@ import torch
 
 from .plan import IntervalPlan
 
-__all__ = ["reference_bwd", "reference_fwd"]
-
 
 def _visible_TS(plan: IntervalPlan, device: torch.device) -> torch.Tensor:
     keys = torch.arange(plan.num_keys, device=device)

@@ -16,8 +16,6 @@ them; a range that holds one is not full.
 
 import numpy as np
 
-__all__ = ["ALIGNMENT", "TILE_COLUMNS", "build_key_bounds", "build_key_tiles", "build_query_tiles"]
-
 # Ranges of queries begin at multiples of this: TMA reads fp32 numbers of queries in 16-byte units.
 ALIGNMENT = 4
 TILE_COLUMNS = ("tile", "begin", "full_begin", "full_end", "end")

@@ -18,13 +18,6 @@ from .triton_fwd import (
     read_tile,
 )
 
-__all__ = [
-    "attention_delta_kernel",
-    "attention_dkdv_kernel",
-    "attention_dq_kernel",
-    "attention_stats_kernel",
-]
-
 
 @triton.jit(do_not_specialize=["num_queries"])
 def attention_delta_kernel(

@@ -22,18 +22,6 @@ What is common to the attention kernels, forward and backward:
 import triton
 import triton.language as tl
 
-__all__ = [
-    "LOG2_E",
-    "TILE_WORDS",
-    "UNSPECIALISED",
-    "attention_fwd_kernel",
-    "block_pointers",
-    "load_block",
-    "masked_start",
-    "num_masked_steps",
-    "read_tile",
-]
-
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 TILE_WORDS = tl.constexpr(5)  # of a row of the tile table: tile, begin, full_begin, full_end, end

@@ -12,8 +12,6 @@ from torch.autograd.function import once_differentiable
 from ..backend import AUTO, Candidate, choose, triton_candidate
 from .reference import IGNORED_LABEL, chunk_dlogits_reference, chunk_loss_reference
 
-__all__ = ["linear_cross_entropy", "per_token_loss"]
-
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _CANDIDATES = (
     triton_candidate(*_FLOATS),

@@ -10,8 +10,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-__all__ = ["IGNORED_LABEL", "ChunkLoss", "chunk_dlogits_reference", "chunk_loss_reference"]
-
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's default ignore_index
 
 

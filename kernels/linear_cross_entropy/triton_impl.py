@@ -14,8 +14,6 @@ import triton.language as tl
 
 from ..backend import on_device
 
-__all__ = ["BLOCK_V", "NUM_WARPS", "chunk_loss_triton", "cross_entropy_kernel"]
-
 BLOCK_V = 4096  # 16 bf16 per thread: two 16-byte loads
 NUM_WARPS = 8
 

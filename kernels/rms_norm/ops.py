@@ -6,8 +6,6 @@ from torch.autograd.function import once_differentiable
 from ..backend import AUTO, Candidate, choose, triton_candidate
 from .reference import rms_norm_bwd_reference, rms_norm_fwd_reference
 
-__all__ = ["rms_norm"]
-
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _CANDIDATES = (
     triton_candidate(*_FLOATS),

@@ -5,8 +5,6 @@ Letters: D model size; R rows (all leading dims flattened). fp32 inside, fp64 fo
 
 import torch
 
-__all__ = ["rms_norm_bwd_reference", "rms_norm_fwd_reference"]
-
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -12,15 +12,6 @@ import triton.language as tl
 
 from ..backend import IS_INTERPRETED, on_device
 
-__all__ = [
-    "bwd_stages",
-    "launch_config",
-    "rms_norm_bwd_kernel",
-    "rms_norm_bwd_triton",
-    "rms_norm_fwd_kernel",
-    "rms_norm_fwd_triton",
-]
-
 _TILE_ELEMENTS = 4096  # 16 per thread at 8 warps
 _PROGRAMS_PER_MULTIPROCESSOR = 2
 _INTERPRETED_PROGRAMS = 3  # few, so that tests see programs with several rows

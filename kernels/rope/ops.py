@@ -11,8 +11,6 @@ from torch.autograd.function import once_differentiable
 from ..backend import AUTO, Candidate, choose, triton_candidate
 from .reference import rotate_reference
 
-__all__ = ["apply_rope", "apply_rope_to_qkv"]
-
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_DIM = 512  # a Triton tile holds whole heads
 _CANDIDATES = (

@@ -5,8 +5,6 @@ Letters: T tokens, H head size. Any floating dtype.
 
 import torch
 
-__all__ = ["rotate_reference"]
-
 
 def rotate_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the pairs (i, i + H/2) of every head by the angles of the table.

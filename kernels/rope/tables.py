@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["SCALING_KEYS", "build_rope_table", "scale_base_ntk"]
-
 # Keys of a scaling besides "type".
 SCALING_KEYS = {
     "linear": ("factor",),

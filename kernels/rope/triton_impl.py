@@ -12,8 +12,6 @@ import triton.language as tl
 
 from ..backend import on_device
 
-__all__ = ["launch_config", "rope_kernel", "rotate_triton"]
-
 _TILE_ROWS = 32  # heads of tokens per program: 8 bf16 per thread and half at H 128
 
 

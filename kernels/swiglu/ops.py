@@ -6,8 +6,6 @@ from torch.autograd.function import once_differentiable
 from ..backend import AUTO, Candidate, choose, triton_candidate
 from .reference import swiglu_bwd_reference, swiglu_fwd_reference
 
-__all__ = ["swiglu"]
-
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _CANDIDATES = (
     triton_candidate(*_FLOATS),

@@ -6,8 +6,6 @@ fp64 for fp64 inputs.
 
 import torch
 
-__all__ = ["swiglu_bwd_reference", "swiglu_fwd_reference"]
-
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -10,15 +10,6 @@ import triton.language as tl
 
 from ..backend import on_device
 
-__all__ = [
-    "BLOCK_F",
-    "NUM_WARPS",
-    "swiglu_bwd_kernel",
-    "swiglu_bwd_triton",
-    "swiglu_fwd_kernel",
-    "swiglu_fwd_triton",
-]
-
 BLOCK_F = 2048  # 16 bf16 per thread and array: two 16-byte loads
 NUM_WARPS = 4
 

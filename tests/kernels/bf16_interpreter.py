@@ -10,8 +10,6 @@ import numpy as np
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-__all__ = ["mend", "to_bits", "to_fp32"]
-
 
 def to_fp32(bits: np.ndarray) -> np.ndarray:
     """bf16 bit patterns, uint16, to the fp32 numbers they stand for."""
