@@ -9,7 +9,8 @@ rows or keys would kill the process, and no part has any.
 
 import torch
 
-from .plan import IntervalPlan, Part
+from .call import BackwardCall, ForwardCall
+from .plan import Part
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -48,20 +49,9 @@ def _lse_tiles(lse_NT: torch.Tensor, part: Part) -> torch.Tensor:
     )
 
 
-def cpu_fwd(
-    q_TNH: torch.Tensor,
-    k_SKH: torch.Tensor,
-    v_SKH: torch.Tensor,
-    plan: IntervalPlan,
-    scale: float,
-    out_TNH: torch.Tensor,
-    lse_NT: torch.Tensor,
-    is_fresh: bool,
-) -> None:
-    """Merge the attention over these keys into (out, lse), fp32 or fp64, in place.
-
-    is_fresh: out and lse are zeros and -inf, so a row's first part is written, not merged.
-    """
+def cpu_fwd(call: ForwardCall) -> None:
+    """See `ForwardCall`; if fresh, a row's first part is written, not merged."""
+    q_TNH, k_SKH, v_SKH, plan, scale, out_TNH, lse_NT, is_fresh = call
     q, k, v = (_prepare(x, out_TNH.dtype) for x in (q_TNH, k_SKH, v_SKH))
     for index, part in enumerate(plan.parts):
         bias = plan.bias(index, q.device, q.dtype)
@@ -78,33 +68,18 @@ def cpu_fwd(
         lse.copy_(torch.logaddexp(lse, part_lse))
 
 
-def cpu_bwd(
-    dout_TNH: torch.Tensor,
-    q_TNH: torch.Tensor,
-    k_SKH: torch.Tensor,
-    v_SKH: torch.Tensor,
-    out_TNH: torch.Tensor,
-    lse_NT: torch.Tensor,
-    plan: IntervalPlan,
-    scale: float,
-    dq_TNH: torch.Tensor,
-    dk_SKH: torch.Tensor,
-    dv_SKH: torch.Tensor,
-) -> None:
-    """Add the gradients of these keys' part of the row to dq, dk, dv, fp32 or fp64, in place.
-
-    out and lse are those of the whole row; the operator computes delta from dout and out itself.
-    """
-    dtype = dq_TNH.dtype
-    dout, q, k, v, out = (_prepare(x, dtype) for x in (dout_TNH, q_TNH, k_SKH, v_SKH, out_TNH))
-    for index, part in enumerate(plan.parts):
+def cpu_bwd(call: BackwardCall) -> None:
+    """See `BackwardCall`; the operator computes delta from dout and out itself."""
+    sources = (call.dout_TNH, call.q_TNH, call.k_SKH, call.v_SKH, call.out_TNH)
+    dout, q, k, v, out = (_prepare(x, call.dq_TNH.dtype) for x in sources)
+    for index, part in enumerate(call.plan.parts):
         dq, dk, dv = _FLASH_BACKWARD(
             *(_row_tiles(dout, part), _row_tiles(q, part)),
             *(_key_tiles(k, part), _key_tiles(v, part)),
-            *(_row_tiles(out, part), _lse_tiles(lse_NT, part), 0.0, part.is_causal),
-            attn_mask=plan.bias(index, q.device, q.dtype),
-            scale=scale,
+            *(_row_tiles(out, part), _lse_tiles(call.lse_NT, part), 0.0, part.is_causal),
+            attn_mask=call.plan.bias(index, q.device, q.dtype),
+            scale=call.scale,
         )
-        _row_tiles(dq_TNH, part).add_(dq)
-        _key_tiles(dk_SKH, part).add_(dk)
-        _key_tiles(dv_SKH, part).add_(dv)
+        _row_tiles(call.dq_TNH, part).add_(dq)
+        _key_tiles(call.dk_SKH, part).add_(dk)
+        _key_tiles(call.dv_SKH, part).add_(dv)

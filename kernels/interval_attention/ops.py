@@ -10,6 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..backend import AUTO, Candidate, choose, triton_candidate
+from .call import BackwardCall, ForwardCall
 from .cpu_impl import cpu_bwd, cpu_fwd
 from .plan import IntervalPlan
 from .reference import reference_bwd, reference_fwd
@@ -65,16 +66,16 @@ def forward(
         lse = torch.empty(num_heads, num_queries, dtype=wide, device=q_TNH.device)
     else:
         out = torch.zeros(q_TNH.shape, dtype=wide, device=q_TNH.device)
-        lse_shape = (num_heads, num_queries)
-        lse = torch.full(lse_shape, float("-inf"), dtype=wide, device=q_TNH.device)
+        lse = torch.full((num_heads, num_queries), float("-inf"), dtype=wide, device=q_TNH.device)
+    call = ForwardCall(q_TNH, k_SKH, v_SKH, plan, scale, out, lse, carry is None)
     if chosen == "reference":
-        reference_fwd(q_TNH, k_SKH, v_SKH, plan, scale, out, lse)
+        reference_fwd(call)
     elif chosen == "triton":
         from .triton_impl import triton_fwd
 
-        triton_fwd(q_TNH, k_SKH, v_SKH, plan, scale, out, lse, carry is None)
+        triton_fwd(call)
     else:
-        cpu_fwd(q_TNH, k_SKH, v_SKH, plan, scale, out, lse, carry is None)
+        cpu_fwd(call)
     return (out.to(q_TNH.dtype) if carry is None else out), lse
 
 
@@ -91,13 +92,12 @@ def backward(
     dq: torch.Tensor,
     dk: torch.Tensor,
     dv: torch.Tensor,
-    deterministic: bool = False,
     implementation: str = AUTO,
 ) -> None:
     """Add the gradients that flow through these keys to dq, dk, dv. No autograd.
 
     With out, lse and delta of the whole row, the calls over the shards of the keys add up to the
-    gradients of the whole row exactly.
+    gradients of the whole row exactly. The same inputs give the same bits.
 
     Args:
         dout: gradient of the whole row's out, [T, N, H].
@@ -106,7 +106,6 @@ def backward(
         delta: fp32 [N, T], sum over H of dout * out. An implementation may compute it again
             from dout and out, so nothing else can be folded into it.
         dq, dk, dv: fp32 (fp64) accumulators in the shapes of q, k, v.
-        deterministic: the same inputs give the same bits; every implementation always does.
 
     Raises:
         ValueError: as in `forward`, of the accumulators what it says of the carry.
@@ -122,14 +121,15 @@ def backward(
         _check(name, x, (num_heads, num_queries), wide, device)
     for name, x in (("dout", dout), ("out", out)):
         _check(name, x, q.shape, wide if x.dtype == wide else q.dtype, device)
+    call = BackwardCall(dout, q, k, v, out, lse, delta, plan, scale, dq, dk, dv)
     if chosen == "reference":
-        reference_bwd(dout, q, k, v, lse, delta, plan, scale, dq, dk, dv)
+        reference_bwd(call)
     elif chosen == "triton":
         from .triton_impl import triton_bwd
 
-        triton_bwd(dout, q, k, v, lse, delta, plan, scale, dq, dk, dv)
+        triton_bwd(call)
     else:
-        cpu_bwd(dout, q, k, v, out, lse, plan, scale, dq, dk, dv)
+        cpu_bwd(call)
 
 
 class _IntervalAttentionFunction(torch.autograd.Function):

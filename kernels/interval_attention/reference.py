@@ -6,6 +6,7 @@ Needs T x S memory per head. fp32 inside, fp64 for fp64 inputs.
 
 import torch
 
+from .call import BackwardCall, ForwardCall
 from .plan import IntervalPlan
 
 
@@ -20,16 +21,9 @@ def _heads_first(x: torch.Tensor, num_groups: int, dtype: torch.dtype) -> torch.
     return x.to(dtype).transpose(0, 1).repeat_interleave(num_groups, dim=0)
 
 
-def reference_fwd(
-    q_TNH: torch.Tensor,
-    k_SKH: torch.Tensor,
-    v_SKH: torch.Tensor,
-    plan: IntervalPlan,
-    scale: float,
-    out_TNH: torch.Tensor,
-    lse_NT: torch.Tensor,
-) -> None:
-    """Merge the attention over these keys into (out, lse), fp32 or fp64, in place."""
+def reference_fwd(call: ForwardCall) -> None:
+    """See `ForwardCall`; all of it goes through one merge, fresh or not."""
+    q_TNH, k_SKH, v_SKH, plan, scale, out_TNH, lse_NT, _ = call
     dtype = lse_NT.dtype
     num_groups = q_TNH.shape[1] // k_SKH.shape[1]
     k, v = (_heads_first(x, num_groups, dtype) for x in (k_SKH, v_SKH))
@@ -44,30 +38,18 @@ def reference_fwd(
     lse_NT.copy_(new_lse)
 
 
-def reference_bwd(
-    dout_TNH: torch.Tensor,
-    q_TNH: torch.Tensor,
-    k_SKH: torch.Tensor,
-    v_SKH: torch.Tensor,
-    lse_NT: torch.Tensor,
-    delta_NT: torch.Tensor,
-    plan: IntervalPlan,
-    scale: float,
-    dq_TNH: torch.Tensor,
-    dk_SKH: torch.Tensor,
-    dv_SKH: torch.Tensor,
-) -> None:
-    """Add the gradients of these keys' part of the row to dq, dk, dv (FlashAttention-2, alg. 2)."""
-    dtype = lse_NT.dtype
-    num_groups = q_TNH.shape[1] // k_SKH.shape[1]
-    q, dout = (_heads_first(x, 1, dtype) for x in (q_TNH, dout_TNH))
-    k, v = (_heads_first(x, num_groups, dtype) for x in (k_SKH, v_SKH))
-    scores = scale * (q @ k.transpose(1, 2))
-    shares = (scores - lse_NT[..., None]).exp()
-    shares = torch.where(_visible_TS(plan, q.device), shares, 0.0)
-    dscores = scale * shares * (dout @ v.transpose(1, 2) - delta_NT[..., None])
-    dq_TNH.add_((dscores @ k).transpose(0, 1))
+def reference_bwd(call: BackwardCall) -> None:
+    """See `BackwardCall`; FlashAttention-2 (arXiv 2307.08691), algorithm 2."""
+    dtype = call.lse_NT.dtype
+    num_groups = call.q_TNH.shape[1] // call.k_SKH.shape[1]
+    q, dout = (_heads_first(x, 1, dtype) for x in (call.q_TNH, call.dout_TNH))
+    k, v = (_heads_first(x, num_groups, dtype) for x in (call.k_SKH, call.v_SKH))
+    scores = call.scale * (q @ k.transpose(1, 2))
+    shares = (scores - call.lse_NT[..., None]).exp()
+    shares = torch.where(_visible_TS(call.plan, q.device), shares, 0.0)
+    dscores = call.scale * shares * (dout @ v.transpose(1, 2) - call.delta_NT[..., None])
+    call.dq_TNH.add_((dscores @ k).transpose(0, 1))
     dk, dv = dscores.transpose(1, 2) @ q, shares.transpose(1, 2) @ dout
-    for total, dense in ((dk_SKH, dk), (dv_SKH, dv)):
+    for total, dense in ((call.dk_SKH, dk), (call.dv_SKH, dv)):
         grouped = dense.unflatten(0, (-1, num_groups)).sum(dim=1)  # [K, S, H]
         total.add_(grouped.transpose(0, 1))

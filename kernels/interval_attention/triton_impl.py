@@ -11,7 +11,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..backend import on_device
-from .plan import IntervalPlan
+from .call import BackwardCall, ForwardCall
 from .tilings import (
     STATS_BLOCK,
     TMA_ALIGNMENT,
@@ -32,22 +32,9 @@ from .triton_fwd import attention_fwd_kernel
 _LOG2_E = 1.4426950408889634
 
 
-def triton_fwd(
-    q_TNH: torch.Tensor,
-    k_SKH: torch.Tensor,
-    v_SKH: torch.Tensor,
-    plan: IntervalPlan,
-    scale: float,
-    out_TNH: torch.Tensor,
-    lse_NT: torch.Tensor,
-    is_fresh: bool,
-) -> None:
-    """Write out and lse, or merge these keys into them.
-
-    Args:
-        out_TNH: in q's dtype if is_fresh, else the fp32 carry; lse_NT: fp32.
-        is_fresh: every element of out and lse is written, whatever was there.
-    """
+def triton_fwd(call: ForwardCall) -> None:
+    """See `ForwardCall`; if fresh, every element of out and lse is written."""
+    q_TNH, k_SKH, v_SKH, plan, scale, out_TNH, lse_NT, is_fresh = call
     device, head_dim = q_TNH.device, q_TNH.shape[2]
     num_queries, num_keys = plan.num_queries, plan.num_keys
     num_kv_heads = k_SKH.shape[1]
@@ -95,20 +82,9 @@ def triton_delta(dout_TNH: torch.Tensor, out_TNH: torch.Tensor) -> torch.Tensor:
     return delta
 
 
-def triton_bwd(
-    dout_TNH: torch.Tensor,
-    q_TNH: torch.Tensor,
-    k_SKH: torch.Tensor,
-    v_SKH: torch.Tensor,
-    lse_NT: torch.Tensor,
-    delta_NT: torch.Tensor,
-    plan: IntervalPlan,
-    scale: float,
-    dq_TNH: torch.Tensor,
-    dk_SKH: torch.Tensor,
-    dv_SKH: torch.Tensor,
-) -> None:
-    """Add the gradients of these keys' part of the row to dq, dk, dv, fp32. Deterministic."""
+def triton_bwd(call: BackwardCall) -> None:
+    """See `BackwardCall`. Deterministic."""
+    dout_TNH, q_TNH, k_SKH, v_SKH, _, lse_NT, delta_NT, plan, scale, *accumulators = call
     device, head_dim = q_TNH.device, q_TNH.shape[2]
     num_kv_heads = k_SKH.shape[1]
     num_groups = q_TNH.shape[1] // num_kv_heads
@@ -123,7 +99,7 @@ def triton_bwd(
         return
     dout_TNH = dout_TNH.to(q_TNH.dtype)
     lo, hi = plan.bounds(device)
-    with on_device(device), _columns_together(dq_TNH, dk_SKH, dv_SKH) as (dq, dk, dv):
+    with on_device(device), _columns_together(*accumulators) as (dq, dk, dv):
         stats = _build_stats(lse_NT, delta_NT, lo, hi)
 
         def arguments(tiling: Tiling) -> tuple[list[Any], list[int]]:

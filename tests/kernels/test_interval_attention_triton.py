@@ -44,7 +44,7 @@ def run_in_place(q, k, v, dout, plan, implementation, grads=None):
     delta = (dout.float() * out.float()).sum(dim=-1).t()
     grads = grads or [torch.zeros(x.shape, device=x.device) for x in (q, k, v)]
     state = (out, lse, delta, plan, SCALE, *grads)
-    backward(dout, q, k, v, *state, deterministic=True, implementation=implementation)
+    backward(dout, q, k, v, *state, implementation=implementation)
     return out, lse, *grads
 
 
