@@ -8,8 +8,6 @@ there is no CUDA, `use_cpu` answers those names; where there is CUDA, nothing ca
 Call it before the first import of `megatron` in the process.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any

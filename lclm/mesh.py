@@ -4,8 +4,6 @@ The only importer of `megatron.core.parallel_state`. Axes: tp (tensor), cp (cont
 pp (pipeline), fastest first; neighbours on tp sit next to each other.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from dataclasses import dataclass

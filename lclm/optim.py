@@ -1,7 +1,5 @@
 """The optimizer: lclm's AdamW inside Megatron-core's distributed optimizer."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import Any

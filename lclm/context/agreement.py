@@ -1,7 +1,5 @@
 """Ranks make sure that they hold one plan and use one communication mode, before any exchange."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 

@@ -14,8 +14,6 @@ have done those before it. A pair that has nothing to send leaves the message ou
 since both read it from the plan.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

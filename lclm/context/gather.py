@@ -5,8 +5,6 @@ queries. The backward pass is the dual: gradients of all keys are summed over th
 rank keeps its own (as in Llama 3's training, arXiv 2407.21783, section 3.3.2).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -4,8 +4,6 @@ Every rank measures at the same time, as it will train, and the slowest rank's r
 all ranks hold the same numbers. Two sizes of each give a fixed time and a rate.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections import Counter

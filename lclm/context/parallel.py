@@ -1,7 +1,5 @@
 """Deals the rows of a stage out to context ranks, and makes the attention that joins them again."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 import torch.distributed as dist

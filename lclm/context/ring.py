@@ -6,8 +6,6 @@ the out, lse and delta of the whole row, so that each step's gradients are exact
 Attention, arXiv 2310.01889; the carried form needs no merge of rounded partial outputs).
 """
 
-from __future__ import annotations
-
 from typing import Any, Protocol
 
 import torch

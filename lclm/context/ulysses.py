@@ -7,8 +7,6 @@ runs between ranks that hold the same heads (Fang and Zhao, arXiv 2405.07719): `
 Letters: U ranks that share heads, T local tokens, N query heads, K kv heads, H head size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

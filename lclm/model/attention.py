@@ -4,8 +4,6 @@ Letters: T local tokens, D model, N query heads, K kv heads, G = N / K, H head s
 those of this tp rank.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

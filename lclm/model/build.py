@@ -1,7 +1,5 @@
 """From configuration to model: Megatron-core's config, the spec of slots, the initial weights."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import re

@@ -1,7 +1,5 @@
 """The language model: embedding, Megatron-core's transformer block, output layer, loss."""
 
-from __future__ import annotations
-
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding

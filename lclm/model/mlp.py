@@ -1,7 +1,5 @@
 """SwiGLU feed-forward for Megatron-core's mlp slot."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

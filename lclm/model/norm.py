@@ -1,7 +1,5 @@
 """RMSNorm for Megatron-core's norm slots."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

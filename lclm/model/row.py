@@ -4,8 +4,6 @@ Megatron-core hands `packed_seq_params` to every layer, also when a layer is rec
 every pipeline schedule. `RowContext` travels that way, so there is no "current batch" anywhere.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Protocol
 

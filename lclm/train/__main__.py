@@ -1,7 +1,5 @@
 """Command line: `torchrun --nproc-per-node N -m lclm.train run.toml [key=value ...]`."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

@@ -1,7 +1,5 @@
 """How the context ranks of a run work together: their machine's rates, and what these decide."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Counted: matrix products of the layers and the output layer, and attention over 
 (causal and within documents where the mask is on). Recomputation is not counted.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from lclm.config import ModelConfig

@@ -1,7 +1,5 @@
 """Records of a run: a console line, `metrics.jsonl`, `validation.jsonl`, TensorBoard."""
 
-from __future__ import annotations
-
 import json
 import logging
 from pathlib import Path

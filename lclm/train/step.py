@@ -1,7 +1,5 @@
 """One optimizer step, and one validation pass, through Megatron-core's pipeline schedule."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
