@@ -33,7 +33,10 @@ DEALS = [(share, shift) for shift in (3, 4) for share in (1, 2, 3, 4, 6, 8, 12)]
 
 @dataclass(frozen=True)
 class Row:
-    """The row cut into chunks; see context_plan.cpp for chains, heads and groups."""
+    """The row cut into chunks; see context_row.h for chains, heads and groups.
+
+    Behind the chains stands one that nobody holds, so that chain -1 can be looked up like others.
+    """
 
     ranks: int
     chunk: int  # tokens
@@ -41,10 +44,10 @@ class Row:
     area: np.ndarray  # int64 [chunks], units
     chain: np.ndarray  # int64 [chunks], -1: the first token starts a document
     next_chain: np.ndarray  # int64 [chunks], the chain this chunk is the head of, or -1
-    head: np.ndarray  # int64 [chains]
-    head_tokens: np.ndarray  # int64 [chains]
-    low: np.ndarray  # int64 [chains], first chunk of the chain
-    high: np.ndarray  # int64 [chains], last chunk of the chain
+    head: np.ndarray  # int64 [chains + 1]
+    head_tokens: np.ndarray  # int64 [chains + 1]
+    low: np.ndarray  # int64 [chains + 1], first chunk of the chain
+    high: np.ndarray  # int64 [chains + 1], last chunk of the chain
     group_start: list[int]
     fair_area: int
     area_factor: int
@@ -69,12 +72,12 @@ def make_row(lengths: np.ndarray, ranks: int, chunk: int) -> Row:
 
     first, last = starts // chunk, (ends - 1) // chunk
     crossing = np.flatnonzero(last > first)
-    head, high = first[crossing], last[crossing]
+    head = np.append(first[crossing], 0)
     chain_of_doc = np.full(len(lengths), -1)
     chain_of_doc[crossing] = np.arange(len(crossing))
     chain = np.where(inside > 0, chain_of_doc[doc], -1)
     next_chain = np.full(num_chunks, -1)
-    next_chain[head] = np.arange(len(crossing))
+    next_chain[first[crossing]] = np.arange(len(crossing))
     joins = (chain[1:] >= 0) & ((chain[:-1] < 0) | (chain[:-1] == chain[1:]))
     group_start = [0, *(np.flatnonzero(~joins) + 1).tolist(), num_chunks]
 
@@ -91,9 +94,9 @@ def make_row(lengths: np.ndarray, ranks: int, chunk: int) -> Row:
         chain=chain,
         next_chain=next_chain,
         head=head,
-        head_tokens=(head + 1) * chunk - starts[crossing],
+        head_tokens=np.append((first[crossing] + 1) * chunk - starts[crossing], 0),
         low=head + 1,
-        high=high,
+        high=np.append(last[crossing], 0),
         group_start=group_start,
         fair_area=fair_area,
         area_factor=(NUMBERS.share << NUMBERS.fraction_bits) // fair_area,
@@ -112,7 +115,7 @@ def rank_cost(row: Row, area: np.ndarray, traffic: np.ndarray) -> np.ndarray:
 
 
 class Deal:
-    """One way to deal the groups out; `owner` is the rank of each chunk."""
+    """One deal of the groups; `owner` is the rank of each chunk."""
 
     def __init__(self, row: Row, fill_share: int, overfill_shift: int) -> None:
         self.row = row
@@ -267,8 +270,6 @@ class Ledger:
 
     def giving(self, chunk: np.ndarray) -> np.ndarray:
         """Change of the owners' traffic in the chunks' own chains when given away."""
-        if not len(self.row.head):
-            return np.zeros_like(chunk)
         rank, chain = self.owner[chunk], self.row.chain[chunk]
         fewer = self._last_without(rank, chunk) - self.last[rank, chain] + 1
         change = np.where(
@@ -278,8 +279,6 @@ class Ledger:
 
     def taking(self, chunk: np.ndarray, rank: np.ndarray) -> np.ndarray:
         """The same for ranks that take chunks they do not hold."""
-        if not len(self.row.head):
-            return np.zeros(np.broadcast(chunk, rank).shape, dtype=np.int64)
         chain = self.row.chain[chunk]
         last = self.last[rank, chain]
         more = (np.maximum(last, chunk) - last - 1) * self.row.chunk
@@ -289,16 +288,12 @@ class Ledger:
 
     def trading(self, out: np.ndarray, into: np.ndarray, rank: np.ndarray) -> np.ndarray:
         """And for ranks that take `into` for `out` of the same chain."""
-        if not len(self.row.head):
-            return np.zeros(np.broadcast(out, into).shape, dtype=np.int64)
         chain = self.row.chain[out]
         last = np.maximum(self._last_without(rank, out), into)
         return (last - self.last[rank, chain]) * self.row.chunk
 
     def headed(self, chunk: np.ndarray, rank: np.ndarray) -> np.ndarray:
         """Tokens of the document starting in a chunk and leaving it, if the rank sees them."""
-        if not len(self.row.head):
-            return np.zeros(np.broadcast(chunk, rank).shape, dtype=np.int64)
         chain = self.row.next_chain[chunk]
         seen = (chain >= 0) & (self.held[rank, chain] > 0)
         return np.where(seen, self.row.head_tokens[chain], 0)
@@ -352,8 +347,8 @@ def improve(row: Row, ledger: Ledger, rank: int, round_number: int) -> bool:
     is_head = (row.next_chain[a] >= 0) & (row.next_chain[a] == row.chain[b])
     is_head |= (row.next_chain[b] >= 0) & (row.next_chain[b] == row.chain[a])
     gain = np.where((own_gain <= 0) | is_head, 0, gain)
-    best = int(np.argmax(gain)) if gain.size else 0
-    if not gain.size or gain.flat[best] <= 0:
+    best = int(np.argmax(gain))
+    if gain.flat[best] <= 0:
         return False
     ledger.exchange(int(a[best // b.size, 0]), int(b[0, best % b.size]))
     return True
@@ -378,13 +373,7 @@ def refine(row: Row, ledger: Ledger) -> None:
 def assign_chunks(doc_lengths: np.ndarray, num_ranks: int, chunk: int) -> np.ndarray:
     """Rank of each chunk, int32 [row length / chunk]; arguments as lclm_assign_chunks wants."""
     row = make_row(doc_lengths, num_ranks, chunk)
-    best: Ledger | None = None
-    best_cost = -1
-    for share, shift in DEALS:
-        ledger = Ledger(row, np.array(Deal(row, share, shift).owner))
-        cost = int(ledger.costs().sum())
-        if best is None or cost < best_cost:
-            best, best_cost = ledger, cost
-    assert best is not None
+    ledgers = (Ledger(row, np.array(Deal(row, share, shift).owner)) for share, shift in DEALS)
+    best = min(ledgers, key=lambda ledger: int(ledger.costs().sum()))
     refine(row, best)
     return best.owner.astype(np.int32)

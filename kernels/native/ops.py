@@ -12,8 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lclm_kernels.native import reference
-
 LIBRARY_NAME = "liblclm_native.so"
 ABI = 5  # lclm_native_abi() of pack.cpp
 logger = logging.getLogger(__name__)
@@ -134,8 +132,7 @@ def pack_concat(
         )
     library = choose_library(implementation)
     if library is None:
-        twin = reference.pack_concat(lengths, start_offset, row_length, num_rows)
-        return None if twin is None else ConcatRows(*twin[:4], *twin[4])
+        return _pack_concat_twin(lengths, start_offset, row_length, num_rows)
     request = (lengths.ctypes.data, len(lengths), start_offset, row_length, num_rows)
     num_pieces = library.lclm_pack_concat(*request, None, None, None, None, None)
     if num_pieces < 0:
@@ -146,3 +143,26 @@ def pack_concat(
     outputs = (row_start, place, offset, length, upcoming)
     library.lclm_pack_concat(*request, *(item.ctypes.data for item in outputs))
     return ConcatRows(row_start, place, offset, length, int(upcoming[0]), int(upcoming[1]))
+
+
+def _pack_concat_twin(
+    lengths: np.ndarray, start_offset: int, row_length: int, num_rows: int
+) -> ConcatRows | None:
+    total = num_rows * row_length
+    document_start = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, dtype=np.int64, out=document_start[1:])
+    document_start -= start_offset
+    if total and document_start[-1] < total:
+        return None
+    first, last = np.searchsorted(document_start, (0, total), side="left")
+    rows = np.arange(num_rows + 1, dtype=np.int64) * row_length
+    borders = np.unique(np.concatenate([rows, document_start[first:last]]))
+    starts = borders[:-1]
+    # side="right": of several documents that start here, all but the last are empty
+    place = np.searchsorted(document_start, starts, side="right").astype(np.int64) - 1
+    offset = starts - document_start[place]
+    row_start = np.searchsorted(starts, rows, side="left").astype(np.int64)
+    next_place = min(int(np.searchsorted(document_start, total, side="right")) - 1, len(lengths))
+    next_offset = total - int(document_start[next_place]) if next_place < len(lengths) else 0
+    pieces = (place.astype(np.int32), offset.astype(np.int32), np.diff(borders).astype(np.int32))
+    return ConcatRows(row_start, *pieces, next_place, next_offset)

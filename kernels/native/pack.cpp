@@ -1,6 +1,6 @@
 // Packing of rows by concatenation behind a C ABI.
 //
-// Integer arithmetic only, so that reference.py (NumPy) gives the same results bit for bit.
+// Integer arithmetic only, so that the twin in ops.py (NumPy) gives the same results bit for bit.
 // The caller owns and sizes every array. A "place" is an index into the stream of documents given.
 
 #include <cstdint>

@@ -18,7 +18,7 @@ from lclm.context.exchange import GRADIENTS, KEYS, Message, Transfer
 from lclm.context.gather import GatheredAttention
 from lclm.context.measure import measure_machine
 from lclm.context.plan.cost import CostModel
-from lclm.context.plan.layouts import contiguous_plan, zigzag_plan
+from lclm.context.plan.layouts import build_row_plan
 from lclm.context.plan.row_plan import RowPlan
 from lclm.context.ring import ContextAttention, build_ring
 from lclm.context.ulysses import build_ulysses
@@ -52,7 +52,7 @@ def lose_rank(lost: int, how: str, mode: str) -> None:
     because of rank 0.
     """
     group = dist.new_group(timeout=timedelta(seconds=6))
-    plan = contiguous_plan([ROW // 2, ROW // 2], group.size())
+    plan = build_row_plan("contiguous", [ROW // 2, ROW // 2], group.size())
     attend = build(mode, plan, group)
     tensors = local_tensors(group)
     attend(*tensors, 1.0)
@@ -68,13 +68,13 @@ def disagreements() -> list[str]:
     group = dist.group.WORLD
     texts = []
     for mode in ("ring", "ulysses", "gather"):
-        deal = contiguous_plan if dist.get_rank() == 1 else zigzag_plan
-        attend = build(mode, deal([5, ROW - 5], group.size()), group)
+        layout = "contiguous" if dist.get_rank() == 1 else "zigzag"
+        attend = build(mode, build_row_plan(layout, [5, ROW - 5], group.size()), group)
         with pytest.raises(ValueError, match="row plan") as caught:
             attend(*local_tensors(group), 1.0)
         texts.append(str(caught.value))
     mode = "gather" if dist.get_rank() == 1 else "ring"
-    attend = build(mode, zigzag_plan([5, ROW - 5], group.size()), group)
+    attend = build(mode, build_row_plan("zigzag", [5, ROW - 5], group.size()), group)
     with pytest.raises(ValueError, match=f"by {mode}") as caught:
         attend(*local_tensors(group), 1.0)
     return [*texts, str(caught.value)]
@@ -95,7 +95,7 @@ def order_of_work() -> tuple[list[str], list[str]]:
     keys of one step.
     """
     group = dist.group.WORLD
-    attend = build("ring", contiguous_plan([ROW], group.size()), group)
+    attend = build("ring", build_row_plan("contiguous", [ROW], group.size()), group)
     tensors = [x.requires_grad_() for x in local_tensors(group)]
     attend(*tensors, 1.0)
     events: list[str] = []
@@ -173,7 +173,7 @@ def misuse() -> list[str]:
 def misused_layers() -> list[str]:
     """What attention says when a recomputed layer has no first forward, and to a second one."""
     group = dist.group.WORLD
-    attend = build("ring", zigzag_plan([ROW], group.size()), group)
+    attend = build("ring", build_row_plan("zigzag", [ROW], group.size()), group)
     tensors = local_tensors(group)
     with pytest.raises(RuntimeError) as early:
         attend(*tensors, 1.0, 3)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from lclm.context.exchange import DIGESTS, KEYS
 from lclm.context.gather import GatheredAttention
-from lclm.context.plan import layouts as plans
+from lclm.context.plan.layouts import balanced_plan, build_row_plan
 from lclm.context.plan.row_plan import RowPlan
 from lclm.context.ring import build_ring
 from lclm.context.ulysses import build_ulysses
@@ -54,11 +54,11 @@ def cases(cp_size: int) -> Iterator[tuple[str, RowPlan]]:
     """Plans to compare on, by name; equal on every rank."""
     random = np.random.default_rng(cp_size)
     for name, lengths in documents(random, cp_size).items():
-        yield f"{name}, zigzag", plans.zigzag_plan(lengths, cp_size)
+        yield f"{name}, zigzag", build_row_plan("zigzag", lengths, cp_size)
         yield f"{name}, random chunks", random_plan(random, lengths, cp_size)
         if name in ("ragged", "ends on chunk borders"):
-            yield f"{name}, contiguous", plans.contiguous_plan(lengths, cp_size)
-            yield f"{name}, balanced", plans.balanced_plan(lengths, cp_size, CHUNK)
+            yield f"{name}, contiguous", build_row_plan("contiguous", lengths, cp_size)
+            yield f"{name}, balanced", balanced_plan(np.array(lengths), cp_size, CHUNK)
 
 
 class Groups:

@@ -19,7 +19,7 @@ from lclm.context.plan.cost import (
     predict,
     predict_seconds,
 )
-from lclm.context.plan.layouts import compare_comms, contiguous_plan, zigzag_plan
+from lclm.context.plan.layouts import build_row_plan, compare_comms
 from lclm.context.plan.rates import LINKS, Machine, Rate, load_machine, read_machine
 
 # One pair of a head takes one second, forward and backward; a byte takes one second on a link.
@@ -41,7 +41,7 @@ TWO_HEADS = replace(ONE_HEAD, num_heads=2)
 
 def test_ring_counted_by_hand() -> None:
     """Two ranks, one document of 8: rank 0 holds 0..3, rank 1 holds 4..7 and needs 0..3."""
-    result = predict(contiguous_plan([8], 2), ONE_HEAD)
+    result = predict(build_row_plan("contiguous", [8], 2), ONE_HEAD)
     assert result.area.tolist() == [10, 26]
     # 4 tokens: 4 bytes of K and V each, twice, and 8 bytes of gradients back
     assert result.received_bytes.tolist() == [4 * 8, 4 * 4 * 2]
@@ -57,13 +57,13 @@ def test_ring_counted_by_hand() -> None:
 
 def test_messages_that_do_not_hide_cost_their_time() -> None:
     half = replace(ONE_HEAD, machine=replace(SLOW, overlap=0.5))
-    result = predict(contiguous_plan([8], 2), half)
+    result = predict(build_row_plan("contiguous", [8], 2), half)
     # every transfer is longer than the 10 seconds of work beside it, half of which it hides under
     assert result.exposed_seconds.tolist() == [18.5 - 5 + 34.5 - 5, 16.5 - 5 + 32.5 - 5]
 
 
 def test_gather_counted_by_hand() -> None:
-    plan = contiguous_plan([8], 2)
+    plan = build_row_plan("contiguous", [8], 2)
     # 4 tokens of 4 bytes come, 8 are copied; 4 tokens of 8 bytes are reduced; two copies of all
     forward, backward = 1 + 16 + 4 + 26, 2 * 8 * (4 + 8) / 8 + 2 + 32 + 26
     assert predict_seconds(plan, ONE_HEAD, GATHER) == forward + backward
@@ -73,7 +73,7 @@ def test_gather_counted_by_hand() -> None:
 
 def test_ulysses_counted_by_hand() -> None:
     """Both ranks do all 36 pairs of one of two heads; the kv head is repeated."""
-    plan, comm = contiguous_plan([8], 2), Comm("ulysses", 2)
+    plan, comm = build_row_plan("contiguous", [8], 2), Comm("ulysses", 2)
     # bytes per token: q, out, dout and dq 4 each, K and V 8; dK and dV of the copies 16 in fp32
     sizes = [4 + 8, 4, 4, 4 + 16]
     exchanged = sum(3 + 4 * size / 2 / 2 + 2 * 4 * size / 8 for size in sizes)
@@ -86,7 +86,7 @@ def test_ulysses_counted_by_hand() -> None:
         replace(four, machine=replace(SLOW, near_ranks=near, near_all_to_all=Rate(0, 1e9)))
         for near in (4, 2)
     )
-    plan = contiguous_plan([8], 4)
+    plan = build_row_plan("contiguous", [8], 4)
     assert predict_seconds(plan, near, Comm("ulysses", 4)) < predict_seconds(
         plan, far, Comm("ulysses", 4)
     )
@@ -97,7 +97,7 @@ def test_ulysses_ring_is_a_ring_of_fewer_ranks_with_fewer_heads() -> None:
     free = Rate(0, float("inf"))
     no_exchange = replace(cost, machine=replace(cost.machine, all_to_all=free, copy=free))
     inner = replace(no_exchange, num_heads=4, num_kv_heads=2)
-    plan = zigzag_plan([40, 24], 4)
+    plan = build_row_plan("zigzag", [40, 24], 4)
     found = predict_seconds(plan, no_exchange, Comm("ulysses_ring", 2))
     assert found == predict(plan.merged(2), inner).seconds
 

@@ -9,7 +9,7 @@ import torch
 
 from lclm.context.exchange import KeyExchange
 from lclm.context.plan.cost import kv_copies
-from lclm.context.plan.layouts import contiguous_plan, zigzag_plan
+from lclm.context.plan.layouts import build_row_plan
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_query_heads_that_cannot_be_shared_are_refused() -> None:
 
 
 def test_ranks_merge_into_larger_ones() -> None:
-    plan = zigzag_plan([40, 24], 4)  # eight stretches of 8
+    plan = build_row_plan("zigzag", [40, 24], 4)  # eight stretches of 8
     merged = plan.merged(2)
     assert merged.chunks == (((0, 16), (48, 64)), ((16, 48),))
     assert merged.doc_lengths.tolist() == [40, 24]
@@ -40,4 +40,4 @@ def test_ranks_merge_into_larger_ones() -> None:
 
 def test_a_plan_for_more_ranks_than_there_are_is_refused() -> None:
     with pytest.raises(ValueError, match="plan is for 2 ranks, the group has 1"):
-        KeyExchange(contiguous_plan([8], 2), 0, None, torch.device("cpu"))
+        KeyExchange(build_row_plan("contiguous", [8], 2), 0, None, torch.device("cpu"))

@@ -9,8 +9,6 @@ import pytest
 from lclm.context.plan.layouts import (
     RowPlan,
     build_row_plan,
-    contiguous_plan,
-    zigzag_plan,
 )
 
 CP_SIZES = [1, 2, 3, 4, 6, 8]
@@ -88,32 +86,32 @@ def test_area_counts_pairs(lengths: list[int], layout: str, cp_size: int) -> Non
 
 
 def test_zigzag_balances_one_document() -> None:
-    plan = zigzag_plan([96], 4)
+    plan = build_row_plan("zigzag", [96], 4)
     assert {plan.areas[rank].sum() for rank in range(4)} == {96 * 97 // 2 // 4}
     assert plan.chunks[1] == ((12, 24), (72, 84))
     assert plan.chunks[3] == ((36, 60),)  # its two stretches touch
 
 
 def test_digest_tells_plans_apart() -> None:
-    digest = zigzag_plan([40, 56], 2).digest()
-    assert digest == zigzag_plan(np.array([40, 56], dtype=np.int32), 2).digest()
-    assert digest != zigzag_plan([41, 55], 2).digest()
-    assert digest != contiguous_plan([40, 56], 2).digest()
+    digest = build_row_plan("zigzag", [40, 56], 2).digest()
+    assert digest == build_row_plan("zigzag", np.array([40, 56], dtype=np.int32), 2).digest()
+    assert digest != build_row_plan("zigzag", [41, 55], 2).digest()
+    assert digest != build_row_plan("contiguous", [40, 56], 2).digest()
 
 
 @pytest.mark.parametrize(
     ("build", "match"),
     [
-        (lambda: contiguous_plan([], 2), "at least one document"),
-        (lambda: contiguous_plan([[4, 4]], 2), "shape"),
-        (lambda: contiguous_plan([4.0, 4.0], 2), "integers"),
-        (lambda: contiguous_plan([4, 0, 4], 2), r"doc_lengths\[1\] is 0"),
-        (lambda: contiguous_plan([4, -1, 5], 2), r"doc_lengths\[1\] is -1"),
-        (lambda: contiguous_plan([2**31], 2), "at most"),
-        (lambda: contiguous_plan([8], 0), "cp_size is 0"),
-        (lambda: zigzag_plan([8], -1), "cp_size is -1"),
-        (lambda: contiguous_plan([7, 2], 2), "row of 9 tokens .* contiguous"),
-        (lambda: zigzag_plan([7, 3], 2), r"row of 10 tokens .* 2 \* cp_size = 4"),
+        (lambda: build_row_plan("contiguous", [], 2), "at least one document"),
+        (lambda: build_row_plan("contiguous", [[4, 4]], 2), "shape"),
+        (lambda: build_row_plan("contiguous", [4.0, 4.0], 2), "integers"),
+        (lambda: build_row_plan("contiguous", [4, 0, 4], 2), r"doc_lengths\[1\] is 0"),
+        (lambda: build_row_plan("contiguous", [4, -1, 5], 2), r"doc_lengths\[1\] is -1"),
+        (lambda: build_row_plan("contiguous", [2**31], 2), "at most"),
+        (lambda: build_row_plan("contiguous", [8], 0), "cp_size is 0"),
+        (lambda: build_row_plan("zigzag", [8], -1), "cp_size is -1"),
+        (lambda: build_row_plan("contiguous", [7, 2], 2), "row of 9 tokens .* contiguous"),
+        (lambda: build_row_plan("zigzag", [7, 3], 2), r"row of 10 tokens .* 2 \* cp_size = 4"),
         (lambda: build_row_plan("striped", [8], 2), "striped.*contiguous, zigzag"),
         (lambda: RowPlan(np.array([9]), 2, (((0, 4),), ((4, 8),))), "sum to 9 .* hold 8"),
         (lambda: RowPlan(np.array([8]), 2, (((0, 5),), ((5, 8),))), "rank 0 holds 5"),
@@ -128,7 +126,7 @@ def test_bad_input_is_refused(build, match: str) -> None:
 
 
 def test_rank_outside_the_plan_is_refused() -> None:
-    plan = contiguous_plan([8], 2)
+    plan = build_row_plan("contiguous", [8], 2)
     with pytest.raises(ValueError, match="rank 2"):
         plan.intervals(0, 2)
     with pytest.raises(ValueError, match="rank -1"):

@@ -22,11 +22,9 @@ from lclm.context.plan.layouts import (
     balanced_plan,
     build_row_plan,
     candidate_plans,
-    contiguous_plan,
     default_chunk,
     mixed_plan,
     plan_row,
-    zigzag_plan,
 )
 from lclm.context.plan.lengths import read_histogram
 from lclm.context.plan.rates import LINKS, Rate
@@ -44,11 +42,11 @@ ROWS = {
 
 def plans(lengths: list[int], cp_size: int) -> list[RowPlan]:
     return [
-        contiguous_plan(lengths, cp_size),
-        zigzag_plan(lengths, cp_size),
-        balanced_plan(lengths, cp_size, 4),
-        balanced_plan(lengths, cp_size, 1),
-        mixed_plan(lengths, cp_size, 4),
+        build_row_plan("contiguous", lengths, cp_size),
+        build_row_plan("zigzag", lengths, cp_size),
+        balanced_plan(np.array(lengths), cp_size, 4),
+        balanced_plan(np.array(lengths), cp_size, 1),
+        mixed_plan(np.array(lengths), cp_size, 4),
     ]
 
 
@@ -110,23 +108,23 @@ def test_what_travels_is_what_the_ranks_receive(cp_size: int) -> None:
 
 @pytest.mark.parametrize("cp_size", CP_SIZES)
 def test_balanced_spans_lie_on_the_grid(cp_size: int) -> None:
-    plan = balanced_plan(ROWS["ragged"], cp_size, 4)
+    plan = balanced_plan(np.array(ROWS["ragged"]), cp_size, 4)
     assert all(border % 4 == 0 for spans in plan.chunks for span in spans for border in span)
     assert [len(plan.positions(rank)) for rank in range(cp_size)] == [96 // cp_size] * cp_size
 
 
 def test_one_document_is_balanced_at_any_size() -> None:
     for cp_size in (2, 4, 32):
-        plan = balanced_plan([cp_size * 64 * 16], cp_size, 64)
+        plan = balanced_plan(np.array([cp_size * 64 * 16]), cp_size, 64)
         assert predict(plan, CostModel()).area_imbalance < 1.001
 
 
 def test_traffic_shares() -> None:
-    plan = contiguous_plan([8, 24], 4)
+    plan = build_row_plan("contiguous", [8, 24], 4)
     assert traffic_share(plan).tolist() == pytest.approx([0, 0, 8 / 24, 16 / 24])
     assert least_worst_share(plan) == pytest.approx(16 / 24)
-    assert least_worst_share(contiguous_plan([8] * 4, 4)) == 0
-    assert traffic_share(contiguous_plan([8], 1)).tolist() == [0]
+    assert least_worst_share(build_row_plan("contiguous", [8] * 4, 4)) == 0
+    assert traffic_share(build_row_plan("contiguous", [8], 1)).tolist() == [0]
 
 
 def test_plan_row_takes_what_is_predicted_to_be_fastest() -> None:
@@ -178,20 +176,23 @@ def test_plans_fit_the_communication_mode(comm: Comm) -> None:
     inners = candidate_plans(lengths, 8 // comm.ulysses_size, 128).values()
     least = min(predict_seconds(p.split(comm.ulysses_size), cost, comm) for p in inners)
     assert predict_seconds(plan, cost, comm) == least
-    assert comm.name != "ulysses" or plan.digest() == contiguous_plan(lengths, 8).digest()
+    assert (
+        comm.name != "ulysses" or plan.digest() == build_row_plan("contiguous", lengths, 8).digest()
+    )
     with pytest.raises(ValueError, match="3 context ranks do not divide into groups of 2"):
         plan_row([96], 3, 4, cost, Comm("ulysses_ring", 2))
 
 
 def test_mixed_plan_is_even_where_documents_are_long() -> None:
     """One giant document: every rank has the same area to the pair, as in zigzag."""
-    plan = mixed_plan([4096], 4, 64)
-    assert plan.digest() == zigzag_plan([4096], 4).digest()
+    plan = mixed_plan(np.array([4096]), 4, 64)
+    assert plan.digest() == build_row_plan("zigzag", [4096], 4).digest()
     assert len(set(plan.areas.sum(axis=1).tolist())) == 1
-    short = [100] * 40 + [96]
+    short = np.array([100] * 40 + [96])
     assert mixed_plan(short, 4, 64).digest() == balanced_plan(short, 4, 64).digest()
-    mixed = mixed_plan([2996, *short[:11]], 4, 16, "reference")
-    assert mixed.digest() == mixed_plan([2996, *short[:11]], 4, 16).digest()
+    long = np.array([2996, *short[:11]])
+    mixed = mixed_plan(long, 4, 16, "reference")
+    assert mixed.digest() == mixed_plan(long, 4, 16).digest()
 
 
 def test_plan_row_without_rates_keeps_area_even() -> None:

@@ -1,4 +1,8 @@
-"""Plans of rows: the layouts, and the planner that picks the fastest one for a row's documents."""
+"""Plans of rows: the layouts, and the planner that picks the fastest one for a row's documents.
+
+`build_row_plan`, `plan_row` and `candidate_plans` check a row's lengths; the functions of single
+layouts take what `check_doc_lengths` gives, int64 [documents].
+"""
 
 from collections.abc import Sequence
 
@@ -18,40 +22,32 @@ from lclm_kernels.native.context_plan import assign_chunks
 _EVEN_AREA = 1.05  # largest over mean area of the ranks; less is not felt beside other noise
 
 
-def contiguous_plan(doc_lengths: DocLengths, cp_size: int) -> RowPlan:
+def contiguous_plan(lengths: np.ndarray, cp_size: int) -> RowPlan:
     """Rank r holds the r-th of `cp_size` equal stretches of the row.
 
     Raises:
-        ValueError: bad lengths, cp_size < 1, or a row length that cp_size does not divide.
+        ValueError: cp_size < 1, or a row length that cp_size does not divide.
     """
-    lengths = check_doc_lengths(doc_lengths)
     step = _equal_parts(int(lengths.sum()), cp_size, parts=cp_size, layout="contiguous")
     chunks = tuple(((rank * step, (rank + 1) * step),) for rank in range(cp_size))
     return RowPlan.of_checked(lengths, cp_size, chunks)
 
 
-def zigzag_plan(doc_lengths: DocLengths, cp_size: int) -> RowPlan:
+def zigzag_plan(lengths: np.ndarray, cp_size: int) -> RowPlan:
     """Rank r holds stretches r and 2*cp_size - 1 - r of 2*cp_size equal ones.
 
     Balances a causal row of one document exactly; on ragged documents it does not (the solver of
     `plan_row` does).
 
     Raises:
-        ValueError: bad lengths, cp_size < 1, or a row length that 2 * cp_size does not divide.
+        ValueError: cp_size < 1, or a row length that 2 * cp_size does not divide.
     """
-    lengths = check_doc_lengths(doc_lengths)
     step = _equal_parts(int(lengths.sum()), cp_size, parts=2 * cp_size, layout="zigzag")
-    chunks = []
-    for rank in range(cp_size):
-        early, late = rank * step, (2 * cp_size - 1 - rank) * step
-        touching = early + step == late
-        pair = ((early, late + step),) if touching else ((early, early + step), (late, late + step))
-        chunks.append(pair)
-    return RowPlan.of_checked(lengths, cp_size, tuple(chunks))
+    return _dealt(lengths, cp_size, step, _there_and_back(cp_size))
 
 
 def balanced_plan(
-    doc_lengths: DocLengths, cp_size: int, chunk: int, implementation: str = "auto"
+    lengths: np.ndarray, cp_size: int, chunk: int, implementation: str = "auto"
 ) -> RowPlan:
     """Spread area evenly over the ranks and let little travel; span ends are multiples of `chunk`.
 
@@ -59,42 +55,34 @@ def balanced_plan(
     chunks allows (`lclm_kernels.native.context_plan`).
 
     Args:
-        doc_lengths: tokens of each document.
+        lengths: tokens of each document.
         cp_size: number of ranks R.
-        chunk: granularity in tokens; R * chunk must divide the row length.
+        chunk: granularity in tokens; R * chunk must divide the row length, see `candidate_plans`.
         implementation: "auto", "native" (C++) or "reference" (NumPy); they give the same plan.
-
-    Raises:
-        ValueError: bad lengths, cp_size < 1, or a row length that cp_size * chunk does not divide.
     """
-    lengths = check_doc_lengths(doc_lengths)
-    _check_grid(int(lengths.sum()), cp_size, chunk)
     return _dealt(lengths, cp_size, chunk, assign_chunks(lengths, cp_size, chunk, implementation))
 
 
 def mixed_plan(
-    doc_lengths: DocLengths, cp_size: int, chunk: int, implementation: str = "auto"
+    lengths: np.ndarray, cp_size: int, chunk: int, implementation: str = "auto"
 ) -> RowPlan:
     """Zigzag within each document that no rank can hold whole; what is left is balanced.
 
     Long documents are then even to the pair, at the price of all ranks seeing each other's keys.
     Where no document is long enough for 2 * cp_size chunks this is `balanced_plan`.
 
-    Args and errors: as `balanced_plan`.
+    Args: as `balanced_plan`.
     """
-    lengths = check_doc_lengths(doc_lengths)
-    row_length = int(lengths.sum())
-    _check_grid(row_length, cp_size, chunk)
+    ends = np.cumsum(lengths)
+    row_length = int(ends[-1])
     owner = np.full(row_length // chunk, -1)
     left = lengths.copy()
-    ends = np.cumsum(lengths)
-    there_and_back = np.concatenate([np.arange(cp_size), np.arange(cp_size)[::-1]])
     for document in np.flatnonzero(lengths > row_length // cp_size).tolist():
         end = int(ends[document]) // chunk
         start = -(-int(ends[document] - lengths[document]) // chunk)
         each = (end - start) // (2 * cp_size)
         if each > 0:
-            owner[end - 2 * cp_size * each : end] = np.repeat(there_and_back, each)
+            owner[end - 2 * cp_size * each : end] = np.repeat(_there_and_back(cp_size), each)
             left[document] -= 2 * cp_size * each * chunk
     if left.any():
         owner[owner < 0] = assign_chunks(left[left > 0], cp_size, chunk, implementation)
@@ -102,20 +90,44 @@ def mixed_plan(
 
 
 def candidate_plans(
-    doc_lengths: DocLengths, cp_size: int, chunk: int, implementation: str = "auto"
+    doc_lengths: DocLengths,
+    cp_size: int,
+    chunk: int | None,
+    ulysses_size: int = 1,
+    implementation: str = "auto",
 ) -> dict[str, RowPlan]:
     """Every layout that can be had on the grid of chunks, by name, the preferred one first.
 
+    Args:
+        doc_lengths: tokens of each document.
+        cp_size: number of ranks R.
+        chunk: granularity in tokens: span ends are multiples of it; R * chunk must divide the row
+            length. Attention kernels work on tiles of 128; longer rows plan faster with more.
+            None: `default_chunk`.
+        ulysses_size: neighbours that share heads. They get a rank's part of a plan for so many
+            fewer ranks.
+        implementation: of the balanced layout's solver, see `balanced_plan`.
+
     Raises:
-        ValueError: as `balanced_plan`.
+        ValueError: bad lengths, cp_size < 1 or not a multiple of ulysses_size, or a row length
+            that cp_size * chunk does not divide.
     """
-    plans = {"balanced": balanced_plan(doc_lengths, cp_size, chunk, implementation)}
-    balanced = plans["balanced"]
-    if balanced.doc_lengths.max() > balanced.row_length // cp_size:
-        plans["mixed"] = mixed_plan(doc_lengths, cp_size, chunk, implementation)
-    plans["contiguous"] = contiguous_plan(doc_lengths, cp_size)
-    if balanced.row_length % (2 * cp_size * chunk) == 0:
-        plans["zigzag"] = zigzag_plan(doc_lengths, cp_size)
+    lengths = check_doc_lengths(doc_lengths)
+    row_length = int(lengths.sum())
+    if chunk is None:
+        chunk = default_chunk(row_length, cp_size)
+    _check_grid(row_length, cp_size, chunk)
+    ranks, rest = divmod(cp_size, ulysses_size)
+    if rest:
+        raise ValueError(f"{cp_size} context ranks do not divide into groups of {ulysses_size}")
+    plans = {"balanced": balanced_plan(lengths, ranks, chunk, implementation)}
+    if lengths.max() > row_length // ranks:
+        plans["mixed"] = mixed_plan(lengths, ranks, chunk, implementation)
+    plans["contiguous"] = contiguous_plan(lengths, ranks)
+    if row_length % (2 * ranks * chunk) == 0:
+        plans["zigzag"] = zigzag_plan(lengths, ranks)
+    if ulysses_size > 1:
+        plans = {name: plan.split(ulysses_size) for name, plan in plans.items()}
     return plans
 
 
@@ -135,7 +147,7 @@ def default_chunk(row_length: int, cp_size: int) -> int:
 def plan_row(
     doc_lengths: DocLengths,
     cp_size: int,
-    chunk: int,
+    chunk: int | None = None,
     cost: CostModel | None = None,
     comm: Comm = RING,
     implementation: str = "auto",
@@ -143,38 +155,27 @@ def plan_row(
     """The candidate whose attention is predicted to take least time.
 
     Args:
-        doc_lengths: tokens of each document of the row.
-        cp_size: number of ranks R.
-        chunk: granularity in tokens: span ends are multiples of it; R * chunk must divide the row
-            length. Attention kernels work on tiles of 128; longer rows plan faster with more.
+        doc_lengths, cp_size, chunk, implementation: see `candidate_plans`.
         cost: rates of the machine and the model's attention shape. With it time alone decides, so
             that a slow link may be worth an uneven layout. Without it only layouts with even area
             are looked at, and a slow link is assumed, which asks for little traffic.
-        comm: how queries will meet keys. Neighbours that share heads get a rank's part of a plan
-            for so many fewer ranks.
-        implementation: of the balanced layout's solver, see `balanced_plan`.
+        comm: how queries will meet keys.
 
     Returns:
         A pure function of the arguments, equal on every rank.
 
     Raises:
-        ValueError: bad lengths, cp_size < 1, or a row length that cp_size * chunk does not divide.
+        ValueError: as `candidate_plans`.
     """
-    check_cp_size(cp_size)
-    if cp_size % comm.ulysses_size:
-        raise ValueError(
-            f"{cp_size} context ranks do not divide into groups of {comm.ulysses_size}"
-        )
-    _check_grid(int(check_doc_lengths(doc_lengths).sum()), cp_size, chunk)
-    plans = candidate_plans(doc_lengths, cp_size // comm.ulysses_size, chunk, implementation)
+    plans = candidate_plans(doc_lengths, cp_size, chunk, comm.ulysses_size, implementation)
     if cost is None:
         cost = CostModel(LINKS["infiniband"])
-        areas = {name: plan.areas.sum(axis=1) for name, plan in plans.items()}
+        # neighbours that share heads have their sum, evenly
+        shape = (cp_size // comm.ulysses_size, -1)
+        areas = {name: plan.areas.reshape(shape).sum(axis=1) for name, plan in plans.items()}
         uneven = {name: float(area.max() / area.mean()) for name, area in areas.items()}
         limit = max(_EVEN_AREA, uneven["balanced"])
         plans = {name: plan for name, plan in plans.items() if uneven[name] <= limit}
-    if comm.ulysses_size > 1:
-        plans = {name: plan.split(comm.ulysses_size) for name, plan in plans.items()}
     return min(plans.values(), key=lambda plan: predict_seconds(plan, cost, comm))
 
 
@@ -195,20 +196,17 @@ def build_row_plan(
         layout: "contiguous", "zigzag", or "auto": `plan_row`'s choice.
         doc_lengths: tokens of each document.
         cp_size: number of ranks.
-        chunk: granularity of "auto" in tokens; None: `default_chunk`.
-        cost, comm: of "auto", see `plan_row`.
+        chunk, cost, comm: of "auto", see `plan_row`.
 
     Raises:
         ValueError: an unknown layout, or what the layout itself refuses.
     """
     if layout == "auto":
-        if chunk is None:
-            chunk = default_chunk(int(check_doc_lengths(doc_lengths).sum()), cp_size)
         return plan_row(doc_lengths, cp_size, chunk, cost, comm)
     if layout not in _LAYOUTS:
         names = ", ".join([*_LAYOUTS, "auto"])
         raise ValueError(f"cp_layout is {layout!r}; it must be one of {names}")
-    return _LAYOUTS[layout](doc_lengths, cp_size)
+    return _LAYOUTS[layout](check_doc_lengths(doc_lengths), cp_size)
 
 
 def compare_comms(
@@ -233,6 +231,11 @@ def compare_comms(
             plan = build_row_plan(layout, lengths, cp_size, None, cost, comm)
             found[comm] += predict_seconds(plan, cost, comm) / len(rows)
     return found
+
+
+def _there_and_back(cp_size: int) -> np.ndarray:
+    """Owners of 2 * cp_size stretches that give each rank an early and a late one."""
+    return np.concatenate([np.arange(cp_size), np.arange(cp_size)[::-1]])
 
 
 def _dealt(lengths: np.ndarray, cp_size: int, chunk: int, owner: np.ndarray) -> RowPlan:
