@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from lclm.context.exchange import DIGESTS, Message, Transfer
+from lclm.context.exchange import DIGESTS, start_all_to_all
 from lclm.context.plan.row_plan import RowPlan
 
 
@@ -45,22 +45,11 @@ class Agreement:
     def _compare(self, group: dist.ProcessGroup) -> None:
         content = hashlib.sha256(f"{self._comm} {self._plan.digest()}".encode()).digest()
         mine = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(self._device)
-        peers = [rank for rank in range(group.size()) if rank != group.rank()]
-        if not peers:
-            return
-        found = mine.new_empty(len(peers), len(mine))
-        transfer = Transfer(
-            "comparison of row plans",
-            group,
-            DIGESTS,
-            [Message(peer, mine) for peer in peers],
-            [Message(peer, found[place]) for place, peer in enumerate(peers)],
-        )
-        transfer.commit()
+        sent, found = [mine] * group.size(), mine.repeat(group.size(), 1)
+        transfer = start_all_to_all("comparison of row plans", group, DIGESTS, sent, found)
         transfer.wait()
         transfer.finish()  # the others must get this digest before anybody raises
-        is_other = (found != mine).any(dim=1).tolist()
-        others = [peer for peer, differs in zip(peers, is_other, strict=True) if differs]
+        others = (found != mine).any(dim=1).nonzero().flatten().tolist()
         if others:
             names = [dist.get_global_rank(group, peer) for peer in others]
             raise ValueError(

@@ -133,6 +133,28 @@ class Transfer:
         ) from error
 
 
+def start_all_to_all(
+    what: str,
+    group: dist.ProcessGroup,
+    tag: int,
+    sent: Sequence[torch.Tensor] | torch.Tensor,
+    received: Sequence[torch.Tensor] | torch.Tensor,
+    ranks: Sequence[int] | None = None,
+) -> Transfer:
+    """Commit a message from each of some ranks of the group (None: all) to each other one.
+
+    Entry j of `sent` goes to the j-th of them, entry j of `received` comes from it; this rank's own
+    entries are left alone.
+    """
+    ranks = range(group.size()) if ranks is None else ranks
+    peers = [(place, peer) for place, peer in enumerate(ranks) if peer != group.rank()]
+    sends = [Message(peer, sent[place]) for place, peer in peers]
+    receives = [Message(peer, received[place]) for place, peer in peers]
+    transfer = Transfer(what, group, tag, sends, receives)
+    transfer.commit()
+    return transfer
+
+
 def _find_lost(peer: int) -> int:
     """The rank that failed first, as far as the ranks have told, starting from a failed peer.
 
@@ -198,15 +220,14 @@ class KeyExchange:
 
     Args:
         plan: of as many ranks as the group has.
-        rank: this rank's place in the plan and the group.
         group: may be None where the plan has one rank.
         device: where keys live.
     """
 
     def __init__(
-        self, plan: RowPlan, rank: int, group: dist.ProcessGroup | None, device: torch.device
+        self, plan: RowPlan, group: dist.ProcessGroup | None, device: torch.device
     ) -> None:
-        size = group.size() if group is not None else 1
+        rank, size = (group.rank(), group.size()) if group is not None else (0, 1)
         if size != plan.cp_size:
             raise ValueError(
                 f"key exchange: the plan is for {plan.cp_size} ranks, the group has {size}"
@@ -275,44 +296,37 @@ class KeyExchange:
         Returns:
             A committed transfer; it brings `[2, tokens of step.sent, K, H]` if there are any.
         """
-        shape = (2, len(step.sent), *grads_2SKH.shape[2:])
-        transfer = self._transfer(
-            f"context exchange, step {step.number} of {len(self.steps)}, gradients of keys",
-            GRADIENTS,
-            Message(step.source, grads_2SKH) if step.num_received else None,
-            Message(step.destination, grads_2SKH.new_empty(shape)) if len(step.sent) else None,
-        )
+        home = grads_2SKH.new_empty(2, len(step.sent), *grads_2SKH.shape[2:])
+        sends, receives = [Message(step.source, grads_2SKH)], [Message(step.destination, home)]
+        transfer = self._transfer(step, GRADIENTS, sends, receives)
         transfer.commit()
         return transfer
 
     def _send_keys(self, step: KeyStep, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> Transfer:
         """Pack and send the keys and values that leave in a step; receive those that arrive."""
-        outgoing = incoming = None
-        if len(step.sent):
-            packed = k_TKH.new_empty(2, len(step.sent), *k_TKH.shape[1:])
-            outgoing = Message(step.destination, packed)
-        if step.num_received:
-            buffer = k_TKH.new_empty(2, step.num_received, *k_TKH.shape[1:])
-            incoming = Message(step.source, buffer)
-        what = f"context exchange, step {step.number} of {len(self.steps)}, keys"
-        transfer = self._transfer(what, KEYS, outgoing, incoming)
+        shape = k_TKH.shape[1:]
+        packed = k_TKH.new_empty(2, len(step.sent), *shape)
+        incoming = k_TKH.new_empty(2, step.num_received, *shape)
+        sends, receives = [Message(step.destination, packed)], [Message(step.source, incoming)]
+        transfer = self._transfer(step, KEYS, sends, receives)
         with self._side.after():
-            if outgoing is not None:
-                torch.index_select(k_TKH, 0, step.sent, out=outgoing.buffer[0])
-                torch.index_select(v_TKH, 0, step.sent, out=outgoing.buffer[1])
+            torch.index_select(k_TKH, 0, step.sent, out=packed[0])
+            torch.index_select(v_TKH, 0, step.sent, out=packed[1])
             transfer.commit()
         return transfer
 
     def _transfer(
-        self, what: str, tag: int, outgoing: Message | None, incoming: Message | None
+        self, step: KeyStep, tag: int, sends: list[Message], receives: list[Message]
     ) -> Transfer:
-        sends = [outgoing] if outgoing is not None else []
-        receives = [incoming] if incoming is not None else []
+        """Empty messages are left out."""
         assert self._group is not None  # only a plan of several ranks has steps
+        name = "keys" if tag == KEYS else "gradients of keys"
+        what = f"context exchange, step {step.number} of {len(self.steps)}, {name}"
+        sends, receives = ([m for m in some if m.buffer.numel()] for some in (sends, receives))
         return Transfer(what, self._group, tag, sends, receives)
 
     def _horizon(self, place: int, is_eager: bool) -> int:
-        """How many steps shall be on the way when the one before `place` is worked on."""
+        """How many steps are on the way while the one before `place` is worked on."""
         while is_eager and place < len(self.steps) and not self.steps[place].num_received:
             place += 1
         return min(place + 1, len(self.steps))

@@ -5,7 +5,6 @@ queries. The backward pass is the dual: gradients of all keys are summed over th
 rank keeps its own (as in Llama 3's training, arXiv 2407.21783, section 3.3.2).
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,11 +12,15 @@ import torch.distributed as dist
 
 from lclm.context.agreement import Agreement
 from lclm.context.plan.row_plan import RowPlan
-from lclm_kernels.interval_attention import IntervalPlan, interval_attention, make_plan
+from lclm_kernels.interval_attention import interval_attention, make_plan
 
 
 class _GatherFromContextRegion(torch.autograd.Function):
-    """Shards `[T / R, ...]` to the row `[T, ...]` in global order; its dual backward."""
+    """Shards `[T / R, ...]` of all ranks of a group to the row `[T, ...]` in global order.
+
+    `order` is `RowPlan.gather_order`. The gradient is summed over the ranks and cut back to the
+    local `[T / R, ...]`.
+    """
 
     @staticmethod
     def forward(
@@ -40,41 +43,6 @@ class _GatherFromContextRegion(torch.autograd.Function):
         local = by_rank.new_empty(ctx.num_local, *grad.shape[1:])
         dist.reduce_scatter_tensor(local, by_rank, group=ctx.group)
         return local.to(grad.dtype), None, None
-
-
-def gather_from_context_region(
-    shard: torch.Tensor, order: torch.Tensor, group: dist.ProcessGroup
-) -> torch.Tensor:
-    """Collect the shards of all context ranks in global order.
-
-    Args:
-        shard: `[T / R, ...]`, this rank's part, tokens sorted by global position.
-        order: int64 `[T]`; entry i is the place of global token i among the shards laid end to end
-            in rank order (`RowPlan.gather_order`).
-        group: the context-parallel group of R ranks.
-
-    Returns:
-        `[T, ...]`; its gradient is summed over the ranks and cut back to `[T / R, ...]`.
-    """
-    return _GatherFromContextRegion.apply(shard, order, group)
-
-
-@dataclass(frozen=True)
-class LocalAttention:
-    """Attention where this rank holds every key of the row."""
-
-    plan: IntervalPlan
-
-    def __call__(
-        self,
-        q_TNH: torch.Tensor,
-        k_TKH: torch.Tensor,
-        v_TKH: torch.Tensor,
-        scale: float,
-        recomputed_layer: int | None = None,
-    ) -> torch.Tensor:
-        """Output `[T, N, H]` of q `[T, N, H]` over k and v `[T, K, H]`; recomputed as it is."""
-        return interval_attention(q_TNH, k_TKH, v_TKH, self.plan, scale)
 
 
 class GatheredAttention:
@@ -108,5 +76,5 @@ class GatheredAttention:
         """
         self._agree()
         kv = torch.stack([k_TKH, v_TKH], dim=1)
-        k, v = gather_from_context_region(kv, self._order, self._group).unbind(1)
+        k, v = _GatherFromContextRegion.apply(kv, self._order, self._group).unbind(1)
         return interval_attention(q_TNH, k, v, self._intervals, scale)

@@ -1,16 +1,18 @@
 """Deals the rows of a stage out to context ranks, and makes the attention that joins them again."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from lclm.context.gather import GatheredAttention, LocalAttention
+from lclm.context.gather import GatheredAttention
 from lclm.context.plan.cost import Comm, CostModel
 from lclm.context.plan.layouts import build_row_plan
 from lclm.context.plan.row_plan import RowPlan
-from lclm.context.ring import ContextAttention, build_ring
+from lclm.context.ring import build_ring
 from lclm.context.ulysses import build_ulysses
-from lclm_kernels.interval_attention import make_plan
+from lclm_kernels.interval_attention import interval_attention, make_plan
 
 
 class ContextParallel:
@@ -48,11 +50,13 @@ class ContextParallel:
         size = self._group.size()
         return build_row_plan(self._layout, doc_lengths, size, None, self._cost, self.comm)
 
-    def attention(self, plan: RowPlan) -> LocalAttention | GatheredAttention | ContextAttention:
-        """Attention over the row of a plan; what depends on the mask is made here, once."""
+    def attention(self, plan: RowPlan) -> Callable[..., torch.Tensor]:
+        """Attention over the row of a plan, an `Attend` of the model; what depends on the mask is
+        made here, once."""
         group, device = self._group, self._device
-        if plan.cp_size == 1:
-            return LocalAttention(make_plan(*plan.intervals(0), plan.row_length))
+        if plan.cp_size == 1:  # every key is here
+            own = make_plan(*plan.intervals(0), plan.row_length)
+            return lambda q, k, v, scale, layer=None: interval_attention(q, k, v, own, scale)
         if self.comm.name == "gather":
             return GatheredAttention(plan, group, device)
         if self.comm.name == "ring":

@@ -50,7 +50,7 @@ class RingAttention:
     def __init__(
         self, plan: RowPlan, group: dist.ProcessGroup | None, device: torch.device
     ) -> None:
-        self._exchange = KeyExchange(plan, group.rank() if group else 0, group, device)
+        self._exchange = KeyExchange(plan, group, device)
         self._is_alone = not any(step.num_received for step in self._exchange.steps)
 
     def forward(
@@ -165,34 +165,24 @@ class ContextAttention:
             ExchangeError: a rank is lost.
         """
         self._agree()
-        known = None
-        if recomputed_layer is not None:
-            if not torch.is_grad_enabled():
-                return self._keep(recomputed_layer, q_TNH, k_TKH, v_TKH, scale)
-            if recomputed_layer not in self._known:
+        layer, known = recomputed_layer, None
+        if layer is not None and torch.is_grad_enabled():
+            known = self._known.pop(layer, None)
+            if known is None:
                 raise RuntimeError(
-                    f"context attention: layer {recomputed_layer} is recomputed, but its first "
-                    "forward (without gradients) has not run or its result is used up"
+                    f"context attention: layer {layer} is recomputed, but its first forward "
+                    "(without gradients) has not run or its result is used up"
                 )
-            known = self._known.pop(recomputed_layer)
+        elif layer is not None:
+            if layer in self._known:
+                raise RuntimeError(
+                    f"context attention: layer {layer} ran twice without gradients; one object "
+                    "serves one micro-batch"
+                )
+            out, saved = self._attention.forward(q_TNH, k_TKH, v_TKH, scale)
+            self._known[layer] = (out, saved[-1])
+            return out
         return _ContextAttentionFunction.apply(q_TNH, k_TKH, v_TKH, self._attention, scale, known)
-
-    def _keep(
-        self,
-        layer: int,
-        q_TNH: torch.Tensor,
-        k_TKH: torch.Tensor,
-        v_TKH: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
-        if layer in self._known:
-            raise RuntimeError(
-                f"context attention: layer {layer} ran twice without gradients; one object serves "
-                "one micro-batch"
-            )
-        out, saved = self._attention.forward(q_TNH, k_TKH, v_TKH, scale)
-        self._known[layer] = (out, saved[-1])
-        return out
 
 
 def build_ring(plan: RowPlan, group: dist.ProcessGroup, device: torch.device) -> ContextAttention:

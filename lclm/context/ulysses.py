@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from lclm.context.agreement import Agreement
-from lclm.context.exchange import HEADS, Message, Transfer
+from lclm.context.exchange import HEADS, start_all_to_all
 from lclm.context.plan.cost import kv_copies
 from lclm.context.plan.row_plan import RowPlan
 from lclm.context.ring import ContextAttention, RingAttention, Tensors
@@ -51,7 +51,7 @@ class HeadExchange:
         return list(received.split([x.shape[2] for x in split], dim=1))
 
     def to_tokens(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The way back: tensors `[U * T, n / U, H]` to `[T, n, H]`."""
+        """The dual of `to_heads`: tensors `[U * T, n / U, H]` to `[T, n, H]`."""
         size = self._group.size()
         by_rank = torch.cat(list(parts), dim=1).index_select(0, self._inverse)
         received = self._all_to_all(by_rank.unflatten(0, (size, -1)))  # [U, T, n / U, H]
@@ -60,17 +60,9 @@ class HeadExchange:
 
     def _all_to_all(self, by_rank: torch.Tensor) -> torch.Tensor:
         """Row j of the first dim goes to rank j; row j of the result is from rank j."""
-        received = torch.empty_like(by_rank)
-        rank = self._group.rank()
-        peers = [peer for peer in range(self._group.size()) if peer != rank]
-        transfer = Transfer(
-            "all-to-all over heads",
-            self._group,
-            HEADS,
-            [Message(peer, by_rank[peer]) for peer in peers],
-            [Message(peer, received[peer]) for peer in peers],
-        )
-        transfer.commit()
+        received, rank = torch.empty_like(by_rank), self._group.rank()
+        what = "all-to-all over heads"
+        transfer = start_all_to_all(what, self._group, HEADS, by_rank, received)
         received[rank].copy_(by_rank[rank])
         transfer.wait()
         transfer.finish()
@@ -113,7 +105,7 @@ class UlyssesAttention:
         dq, dk, dv = self._inner.backward(dout, saved, scale)
         dq = dq.to(dout.dtype)
         if self._copies == 1:
-            # Each is final: rounding it before the way home is rounding it once.
+            # Each is final: rounding it before it goes home is rounding it once.
             dq, dk, dv = self._heads.to_tokens([dq, dk.to(dq.dtype), dv.to(dq.dtype)])
             return dq, dk, dv
         (dq,) = self._heads.to_tokens([dq])

@@ -40,4 +40,4 @@ def test_ranks_merge_into_larger_ones() -> None:
 
 def test_a_plan_for_more_ranks_than_there_are_is_refused() -> None:
     with pytest.raises(ValueError, match="plan is for 2 ranks, the group has 1"):
-        KeyExchange(build_row_plan("contiguous", [8], 2), 0, None, torch.device("cpu"))
+        KeyExchange(build_row_plan("contiguous", [8], 2), None, torch.device("cpu"))

@@ -75,13 +75,15 @@ class CostModel:
                     f"cost model: {field.name} is {getattr(self, field.name)}; it must be positive"
                 )
 
-    def forward_seconds(self, area: np.ndarray) -> np.ndarray:
-        """Two matmuls (QK, PV) of 2 * head_dim flops per visible pair and query head."""
-        return self.machine.forward.time(4 * self.num_heads * self.head_dim * area)
+    @property
+    def forward_flops(self) -> int:
+        """Of a visible pair: two matmuls (QK, PV) of 2 * head_dim per query head."""
+        return 4 * self.num_heads * self.head_dim
 
-    def backward_seconds(self, area: np.ndarray) -> np.ndarray:
-        """Five matmuls (QK again, dP, dV, dK, dQ)."""
-        return self.machine.backward.time(10 * self.num_heads * self.head_dim * area)
+    @property
+    def backward_flops(self) -> int:
+        """Of a visible pair: five matmuls (QK again, dP, dV, dK, dQ)."""
+        return 10 * self.num_heads * self.head_dim
 
     @property
     def kv_bytes(self) -> int:
@@ -99,8 +101,6 @@ class Prediction:
     """One layer's attention, forward and backward, under a plan; arrays are [R] by rank."""
 
     area: np.ndarray  # int64, visible pairs
-    received_bytes: np.ndarray  # int64, forward and backward
-    sent_bytes: np.ndarray  # int64
     compute_seconds: np.ndarray  # float64
     exposed_seconds: np.ndarray  # float64, waiting for transfers
 
@@ -119,19 +119,17 @@ def predict(plan: RowPlan, cost: CostModel) -> Prediction:
     """Predict one attention layer, forward and backward, as a ring under a row plan."""
     area = _by_step(plan.areas)
     received, sent = _by_step(plan.received), _by_step(plan.received, is_sender=True)
-    kv, gradients = cost.kv_bytes, cost.kv_gradient_bytes
-    forward, backward = cost.forward_seconds(area), cost.backward_seconds(area)
-    packed = cost.machine.copy.time(sent * kv)
-    message = cost.machine.message
-    overlap = cost.machine.overlap
+    kv, gradients, machine = cost.kv_bytes, cost.kv_gradient_bytes, cost.machine
+    forward = machine.forward.time(cost.forward_flops * area)
+    backward = machine.backward.time(cost.backward_flops * area)
+    packed = machine.copy.time(sent * kv)
+    message, overlap = machine.message, machine.overlap
     exposed = _exposed(forward, packed + message.time(np.maximum(received, sent) * kv), overlap)
     incoming, outgoing = received * kv + sent * gradients, sent * kv + received * gradients
     exposed += _exposed(backward, packed + message.time(np.maximum(incoming, outgoing)), overlap)
-    added = cost.machine.copy.time(sent * gradients)  # gradients that came home
+    added = machine.copy.time(sent * gradients)  # gradients that came home
     return Prediction(
         area=area.sum(axis=1),
-        received_bytes=(received * kv + incoming).sum(axis=1),
-        sent_bytes=(sent * kv + outgoing).sum(axis=1),
         compute_seconds=(forward + backward + added).sum(axis=1),
         exposed_seconds=exposed,
     )
@@ -177,7 +175,7 @@ def kv_copies(num_heads: int, num_kv_heads: int, size: int) -> int:
     if num_heads % size:
         raise ValueError(
             f"ulysses: {num_heads} query heads (of this tp rank) cannot be shared by {size} ranks, "
-            "also not with repeated kv heads; the ranks that share heads must divide the query "
+            "even with repeated kv heads; the ranks that share heads must divide the query "
             "heads: use cp_comm 'ring', or 'ulysses_ring' with a smaller cp_ulysses"
         )
     return math.lcm(num_kv_heads, size) // num_kv_heads
@@ -237,11 +235,12 @@ def _gather_seconds(plan: RowPlan, cost: CostModel) -> float:
     """All-gather, attention on the whole row's keys, reduce-scatter of its gradients in fp32."""
     machine, length = cost.machine, plan.row_length
     away = length - length // plan.cp_size
-    area = plan.areas.sum(axis=1)
+    area = plan.areas.sum(axis=1).max()
     forward = machine.gather.time(away * cost.kv_bytes) + machine.copy.time(length * cost.kv_bytes)
-    forward += cost.forward_seconds(area).max()
+    forward += machine.forward.time(cost.forward_flops * area)
     gradients = cost.kv_gradient_bytes
     # dK and dV are rounded and stacked, then cast and sorted into rank order
     backward = machine.copy.time(2 * length * (cost.kv_bytes + gradients))
-    backward += machine.scatter.time(away * gradients) + cost.backward_seconds(area).max()
+    backward += machine.scatter.time(away * gradients)
+    backward += machine.backward.time(cost.backward_flops * area)
     return float((2 if cost.is_recomputed else 1) * forward + backward)

@@ -111,14 +111,13 @@ class RowPlan:
 
     def _check_spans(self) -> None:
         """Raise ValueError unless the spans are a partition of the row with equal shares."""
-        held = sum(end - start for spans in self.chunks for start, end in spans)
-        if held != self.row_length:
+        held = [sum(end - start for start, end in spans) for spans in self.chunks]
+        if sum(held) != self.row_length:
             raise ValueError(
-                f"documents sum to {self.row_length} tokens but the ranks hold {held}; "
+                f"documents sum to {self.row_length} tokens but the ranks hold {sum(held)}; "
                 "doc_lengths must sum to the row length"
             )
-        for rank, spans in enumerate(self.chunks):
-            tokens = sum(end - start for start, end in spans)
+        for rank, (tokens, spans) in enumerate(zip(held, self.chunks)):
             if tokens * self.cp_size != self.row_length:
                 raise ValueError(
                     f"rank {rank} holds {tokens} tokens; each of {self.cp_size} ranks must hold "
@@ -214,11 +213,7 @@ class RowPlan:
         split, needed, _ = self._split_pieces
         pieces = split[needed[:, query_rank] & (self._pieces.owners[split] == key_rank)]
         starts = self._pieces.starts[pieces]
-        ends = starts + self._pieces.lengths[pieces]
-        breaks = np.flatnonzero(starts[1:] != ends[:-1])
-        first = starts[np.concatenate([[0], breaks + 1])] if len(starts) else starts
-        last = ends[np.concatenate([breaks, [-1]])] if len(ends) else ends
-        return tuple(zip(first.tolist(), last.tolist(), strict=True))
+        return _joined(starts, starts + self._pieces.lengths[pieces])
 
     def travel_intervals(self, query_rank: int, key_rank: int) -> tuple[np.ndarray, np.ndarray]:
         """As `intervals`, but into only those keys of `key_rank` that travel, in global order."""
@@ -235,17 +230,9 @@ class RowPlan:
         """
         if size < 1 or self.cp_size % size:
             raise ValueError(f"{self.cp_size} context ranks do not divide into groups of {size}")
-        merged = []
-        for first in range(0, self.cp_size, size):
-            spans: list[Span] = []
-            held = (span for spans in self.chunks[first : first + size] for span in spans)
-            for start, end in sorted(held):
-                if spans and spans[-1][1] == start:
-                    spans[-1] = (spans[-1][0], end)
-                else:
-                    spans.append((start, end))
-            merged.append(tuple(spans))
-        return RowPlan.of_checked(self.doc_lengths, self.cp_size // size, tuple(merged))
+        groups = (self.chunks[first : first + size] for first in range(0, self.cp_size, size))
+        merged = tuple(_joined(*np.concatenate(group).T) for group in groups)
+        return RowPlan.of_checked(self.doc_lengths, self.cp_size // size, merged)
 
     def split(self, size: int) -> "RowPlan":
         """The plan in which each rank's tokens go in order to `size` ranks, the dual of `merged`.
@@ -315,6 +302,12 @@ class RowPlan:
         if not 0 <= rank < self.cp_size:
             raise ValueError(f"rank {rank} is not one of the plan's {self.cp_size} ranks")
         return self.chunks[rank]
+
+
+def _joined(starts: np.ndarray, ends: np.ndarray) -> tuple[Span, ...]:
+    """Sorted spans of disjoint pieces; pieces that touch make one span."""
+    borders = np.setxor1d(starts, ends).reshape(-1, 2)  # where two touch, one ends, one starts
+    return tuple((start, end) for start, end in borders.tolist())
 
 
 def _held_below(spans: Sequence[Span], positions: np.ndarray) -> np.ndarray:
