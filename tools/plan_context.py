@@ -40,10 +40,10 @@ columns: area is attention work, largest over mean of the ranks, mean and worst 
 perfect); share is the keys a rank receives over those of a full ring, worst rank and mean rank;
 least is what the worst rank cannot go below; layer ms is the predicted time of one layer's
 attention as a ring, forward and backward, on the slowest rank, exposed ms what of it is waiting.
-Below: the same time for every way the keys can go, each with the layout that is best for it; the
-one marked is what parallel.cp_comm = "auto" takes: the fastest, or the ring if that is within 5 %.
-Rates are those of H100s (--link: joined by NVLink, or InfiniBand between nodes of eight) or what a
-trainer measured (--rates).
+Below: the same time for every communication mode, each with the layout that is best for it; the one
+marked is what parallel.cp_comm = "auto" takes: the fastest, or the ring if that is within 5 %.
+Rates are those of H100s (--link: joined by NVLink, or InfiniBand between nodes of eight) or those
+that a training run measured (--rates).
 
 examples:
   python tools/plan_context.py --histogram benchmarks/data/doc_lengths_magi.csv \\
@@ -119,10 +119,10 @@ def rows_of_config(options: argparse.Namespace) -> tuple[dict[str, list[np.ndarr
     return rows, attention_cost(config, 4 if is_fp32 else 2, LINKS["nvlink"])
 
 
-def judge(
-    rows: Sequence[np.ndarray], cp_size: int, chunk: int, cost: CostModel
-) -> dict[str, list[list[float]]]:
-    """Per strategy, the figures of each row in the order of the printed columns."""
+def print_table(
+    title: str, rows: Sequence[np.ndarray], cp_size: int, chunk: int, cost: CostModel
+) -> None:
+    """One line per strategy: means over the rows, and the worst area."""
     figures: dict[str, list[list[float]]] = {}
     for lengths in rows:
         plans = candidate_plans(lengths, cp_size, chunk)
@@ -130,7 +130,6 @@ def judge(
         plans["chosen"] = plan_row(lengths, cp_size, chunk, cost)
         for name, plan in plans.items():
             prediction, share = predict(plan, cost), traffic_share(plan)
-            exposed = float(prediction.exposed_seconds.max())
             figures.setdefault(name, []).append(
                 [
                     prediction.area_imbalance,
@@ -138,16 +137,9 @@ def judge(
                     float(share.mean()),
                     least_worst_share(plan),
                     1e3 * prediction.seconds,
-                    1e3 * exposed,
+                    1e3 * float(prediction.exposed_seconds.max()),
                 ]
             )
-    return figures
-
-
-def print_table(
-    title: str, cp_size: int, chunk: int, figures: dict[str, list[list[float]]]
-) -> None:
-    """One line per strategy."""
     print(f"\n{title}; cp {cp_size}, chunks of {chunk}")
     print(
         f"{'strategy':<11} {'area':>6} {'worst':>6}  {'share':>6} {'mean':>6} {'least':>6}  "
@@ -163,14 +155,14 @@ def print_table(
 
 
 def print_comms(rows: Sequence[np.ndarray], cp_size: int, cost: CostModel) -> None:
-    """One line of all ways, the chosen one marked."""
+    """One line of all communication modes, the chosen one marked."""
     found = compare_comms("auto", rows, cp_size, cost)
     chosen = choose_fastest(found)
     times = [
         f"{comm} {1e3 * seconds:.3f}{'*' if comm == chosen else ''}"
         for comm, seconds in found.items()
     ]
-    print(f"layer ms by way: {', '.join(times)}")
+    print(f"layer ms by communication mode: {', '.join(times)}")
 
 
 def load_pyplot() -> Any:
@@ -245,7 +237,7 @@ def show(options: argparse.Namespace) -> None:
         for cp_size in options.cp or [8, 32]:
             chunk = options.chunk or default_chunk(int(rows[0].sum()), cp_size)
             cost = replace(cost, machine=measured or published(options.link, cp_size))
-            print_table(title, cp_size, chunk, judge(rows, cp_size, chunk, cost))
+            print_table(title, rows, cp_size, chunk, cost)
             if cp_size > 1:
                 print_comms(rows, cp_size, cost)
             picture = picture or (candidate_plans(rows[0], cp_size, chunk), cost)

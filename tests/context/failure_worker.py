@@ -64,7 +64,7 @@ def lose_rank(lost: int, how: str, mode: str) -> None:
 
 
 def disagreements() -> list[str]:
-    """Rank 1 deals out the row differently, or its keys go another way; this rank's error texts."""
+    """Rank 1 deals out the row differently, or by another mode; this rank's error texts."""
     group = dist.group.WORLD
     texts = []
     for mode in ("ring", "ulysses", "gather"):
@@ -107,8 +107,8 @@ def order_of_work() -> tuple[list[str], list[str]]:
 
     def note_start(operations: list[dist.P2POp]) -> list[dist.Work]:
         for operation in operations:
-            way = "out" if operation.op is dist.isend else "in"
-            events.append(f"{names[operation.tag]} {way}")
+            direction = "out" if operation.op is dist.isend else "in"
+            events.append(f"{names[operation.tag]} {direction}")
         return start(operations)
 
     dist.batch_isend_irecv = note_start

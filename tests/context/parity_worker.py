@@ -67,7 +67,7 @@ class Groups:
     def __init__(self) -> None:
         self.whole = dist.group.WORLD
         size = self.whole.size()
-        # both ways to split eight ranks, one way for four and for six
+        # eight ranks split in two manners, four and six in one
         self.split = {
             inner: self._split(inner) for inner in (2, 4) if 1 < size / inner == size // inner
         }

@@ -1,4 +1,4 @@
-"""What ways of the keys are predicted to take: counted by hand, and which one is chosen."""
+"""What communication modes are predicted to take: counted by hand, and which one is chosen."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_ulysses_ring_is_a_ring_of_fewer_ranks_with_fewer_heads() -> None:
     assert found == predict(plan.merged(2), inner).seconds
 
 
-def test_ways_that_heads_and_memory_allow() -> None:
+def test_modes_that_heads_and_memory_allow() -> None:
     def names(row_length: int, cp_size: int, **changes: int) -> list[str]:
         cost = replace(CostModel(num_heads=12, num_kv_heads=4), **changes)
         return [str(comm) for comm in candidate_comms(row_length, cp_size, cost)]
@@ -132,11 +132,11 @@ def test_the_machine_decides() -> None:
     }
 
 
-def test_a_way_that_is_hardly_faster_is_not_preferred() -> None:
-    ways = (RING, Comm("ulysses_ring", 2), Comm("ulysses", 4))
-    assert choose_fastest(dict(zip(ways, (1.04, 1.0, 1.0), strict=True))) == RING
-    assert choose_fastest(dict(zip(ways, (1.06, 1.0, 1.04), strict=True))) == ways[1]
-    assert choose_fastest(dict(zip(ways, (1.06, 1.01, 1.0), strict=True))) == ways[2]
+def test_a_mode_that_is_hardly_faster_is_not_preferred() -> None:
+    modes = (RING, Comm("ulysses_ring", 2), Comm("ulysses", 4))
+    assert choose_fastest(dict(zip(modes, (1.04, 1.0, 1.0), strict=True))) == RING
+    assert choose_fastest(dict(zip(modes, (1.06, 1.0, 1.04), strict=True))) == modes[1]
+    assert choose_fastest(dict(zip(modes, (1.06, 1.01, 1.0), strict=True))) == modes[2]
 
 
 def test_a_machine_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_machine_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert "message 1e-09 GB/s after 500000 us" in SLOW.summary()
     for broken in ({}, {"machine": {}}, {"machine": {**SLOW.dump(), "copy": 3}}, []):
         path.write_text(json.dumps(broken))
-        with pytest.raises(ValueError, match="is not what a trainer measured"):
+        with pytest.raises(ValueError, match="holds no rates of a training run"):
             read_machine(path)
     with pytest.raises(ValueError, match="is not a file"):
         read_machine(tmp_path / "absent.json")

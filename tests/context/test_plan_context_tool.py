@@ -88,7 +88,7 @@ def test_tables_from_a_config(tool, config, capsys) -> None:
     assert (area, worst, share) == (1.0, 1.0, 1.0)  # one document: all keys travel, work is even
 
 
-def test_ways_are_compared_on_the_link_or_the_machine_at_hand(tool, tmp_path, capsys) -> None:
+def test_modes_are_compared_on_published_or_measured_rates(tool, tmp_path, capsys) -> None:
     wishes = ["--histogram", str(HISTOGRAM), "--row-length", "65536", "--rows", "2", "--cp", "8,16"]
     slow = dataclasses.replace(LINKS["nvlink"], message=Rate(1.0, 1e9), overlap=0.0)
     rates = tmp_path / "context_rates.json"
@@ -97,12 +97,12 @@ def test_ways_are_compared_on_the_link_or_the_machine_at_hand(tool, tmp_path, ca
     for source in (["--link", "infiniband"], ["--rates", str(rates)]):
         assert tool.main([*wishes, *source]) == 0
         out = capsys.readouterr().out
-        chosen[source[0]] = re.findall(r"layer ms by way: .*?(\S+) [0-9.]+\*", out)
+        chosen[source[0]] = re.findall(r"layer ms by communication mode: .*?(\S+) [0-9.]+\*", out)
     # eight ranks are one node, sixteen are two; a message of a second is worse than any all-to-all
     assert chosen == {"--link": ["ring", "ulysses_ring(8)"], "--rates": ["ulysses", "ulysses"]}
     rates.write_text("{}")
     assert tool.main([*wishes, "--rates", str(rates)]) == 2
-    assert "is not what a trainer measured" in capsys.readouterr().err
+    assert "holds no rates of a training run" in capsys.readouterr().err
 
 
 def test_picture_is_written_whole(tool, tmp_path, capsys) -> None:

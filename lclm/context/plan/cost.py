@@ -241,6 +241,6 @@ def _gather_seconds(plan: RowPlan, cost: CostModel) -> float:
     gradients = cost.kv_gradient_bytes
     # dK and dV are rounded and stacked, then cast and sorted into rank order
     backward = machine.copy.time(2 * length * (cost.kv_bytes + gradients))
-    backward += machine.scatter.time(away * gradients)
-    backward += machine.backward.time(cost.backward_flops * area)
+    work = machine.backward.time(cost.backward_flops * area)
+    backward += machine.scatter.time(away * gradients) + work
     return float((2 if cost.is_recomputed else 1) * forward + backward)

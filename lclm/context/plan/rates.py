@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-RATES_NAME = "context_rates.json"  # in a run folder: what the trainer measured
+RATES_NAME = "context_rates.json"  # in a run folder: the rates that the trainer measured
 
 # What rates were called in the files of older versions.
 _OLD_NAMES = {"trade": "all_to_all", "near_trade": "near_all_to_all", "hidden": "overlap"}
@@ -28,7 +28,7 @@ class Rate(NamedTuple):
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates of one rank; `lclm.context.measure` finds those of the ranks at hand.
+    """Rates of one rank; `lclm.context.measure` finds those of a run's own.
 
     Attention counts matmul flops of the visible pairs, copies count bytes written, links count
     bytes that a rank sends while it receives as many.
@@ -101,7 +101,7 @@ def load_machine(values: Mapping[str, Any]) -> Machine:
         rates = {name: Rate(*value) for name, value in values.items() if isinstance(value, list)}
         return Machine(**rates, near_ranks=values["near_ranks"], overlap=values["overlap"])
     except (TypeError, KeyError) as error:
-        raise ValueError(f"machine: not what a trainer measured: {error}") from error
+        raise ValueError(f"machine: these are not the rates of a machine: {error}") from error
 
 
 def read_machine(path: Path) -> Machine:
@@ -111,11 +111,11 @@ def read_machine(path: Path) -> Machine:
         ValueError: the file is missing or not of that form.
     """
     if not path.is_file():
-        raise ValueError(f"rates: {path} is not a file; a trainer leaves {RATES_NAME} in run.dir")
+        raise ValueError(f"rates: {path} is not a file; training leaves {RATES_NAME} in run.dir")
     try:
         return load_machine(json.loads(path.read_text("utf-8"))["machine"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"rates: {path} is not what a trainer measured: {error}") from error
+        raise ValueError(f"rates: {path} holds no rates of a training run: {error}") from error
 
 
 def _h100(link: Rate, near: Rate, near_ranks: int) -> Machine:
