@@ -1,15 +1,15 @@
 """Megatron-core on a CPU: the one place that makes its CUDA names mean the CPU.
 
 Megatron-core 0.16 to 0.19 writes `device="cuda"`, `torch.cuda.current_device()`,
-`torch.cuda.synchronize()` and compares `tensor.type()` with `"torch.cuda.FloatTensor"` on the way
-of an ordinary training step. Nothing of that needs a GPU: the collectives run on gloo. So, where
+`torch.cuda.synchronize()` and compares `tensor.type()` with `"torch.cuda.FloatTensor"` in an
+ordinary training step. Nothing of that needs a GPU: the collectives run on gloo. So, where
 there is no CUDA, `use_cpu` answers those names; where there is CUDA, nothing calls it.
 
 Call it before the first import of `megatron` in the process.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,11 +51,6 @@ class _NoStream:
         """Nothing to wait for."""
 
 
-@contextlib.contextmanager
-def _no_stream_context(stream: Any) -> Iterator[None]:
-    yield
-
-
 def use_cpu() -> None:
     """Make Megatron-core's CUDA names mean the CPU, for the rest of this process.
 
@@ -74,7 +69,7 @@ def use_cpu() -> None:
         "empty_cache": lambda: None,
         "current_stream": lambda *device: _NoStream(),
         "Stream": lambda *args, **kwargs: _NoStream(),
-        "stream": _no_stream_context,
+        "stream": lambda stream: contextlib.nullcontext(),
         "get_rng_state": lambda *device: torch.get_rng_state(),
         "manual_seed": lambda seed: None,
     }

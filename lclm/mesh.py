@@ -29,7 +29,6 @@ class Mesh:
     rank: int
     tp_size: int
     tp_rank: int
-    tp_group: dist.ProcessGroup
     cp_size: int
     cp_rank: int
     cp_group: dist.ProcessGroup
@@ -112,7 +111,6 @@ def build_mesh(config: Config) -> Mesh:
         rank=dist.get_rank(),
         tp_size=config.parallel.tp,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
         cp_size=config.parallel.cp,
         cp_rank=parallel_state.get_context_parallel_rank(),
         cp_group=parallel_state.get_context_parallel_group(),
@@ -136,18 +134,15 @@ def split_context(
     mine = dist.get_process_group_ranks(cp_group)
     by_rank: list[list[int]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(by_rank, mine)
-    heads = ring = None
+    found: dict[str, dist.ProcessGroup] = {}
     for ranks in sorted({tuple(ranks) for ranks in by_rank}):
-        for start in range(0, len(ranks), inner):
-            part = ranks[start : start + inner]
+        heads = [("heads", ranks[n : n + inner]) for n in range(0, len(ranks), inner)]
+        rings = [("ring", ranks[n::inner]) for n in range(inner)]
+        for kind, part in heads + rings:
             group = dist.new_group(part, timeout=TIMEOUT)
-            heads = group if dist.get_rank() in part else heads
-        for start in range(inner):
-            part = ranks[start::inner]
-            group = dist.new_group(part, timeout=TIMEOUT)
-            ring = group if dist.get_rank() in part else ring
-    assert heads is not None and ring is not None  # each process is in a context group
-    return heads, ring
+            if dist.get_rank() in part:
+                found[kind] = group
+    return found["heads"], found["ring"]
 
 
 def _join(device: torch.device, world_size: int) -> bool:

@@ -1,6 +1,7 @@
 """Best-fit packing and seeded orders: dispatch to best_fit.cpp or to the twins in this file."""
 
 import bisect
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -80,28 +81,23 @@ def pack_best_fit(
 def _pack_best_fit_twin(
     lengths: np.ndarray, row_length: int, num_rows: int, drop_long: bool
 ) -> BestFitRows | None:
-    rooms: list[int] = []  # sorted: the different amounts of room left in open rows
-    rows_with: dict[int, list[int]] = {}  # the row used last at the end
+    # rows with room left: (room, number that falls with each use, row), sorted
+    open_rows: list[tuple[int, int, int]] = []
+    uses = itertools.count(0, -1)
     num_open = 0
 
     def take(tokens: int) -> int:
         nonlocal num_open
-        at = bisect.bisect_left(rooms, tokens)
-        if at < len(rooms):
-            room = rooms[at]
-            row = rows_with[room].pop()
-            if not rows_with[room]:
-                del rooms[at]
+        at = bisect.bisect_left(open_rows, (tokens,))
+        if at < len(open_rows):
+            room, _, row = open_rows.pop(at)
         elif num_open < num_rows:
             room, row = row_length, num_open
             num_open += 1
         else:
             return -1
-        left = room - tokens
-        if left:
-            if not rows_with.setdefault(left, []):
-                bisect.insort(rooms, left)
-            rows_with[left].append(row)
+        if room > tokens:
+            bisect.insort(open_rows, (room - tokens, next(uses), row))
         return row
 
     pieces: list[tuple[int, int, int, int]] = []  # row, place, offset, length

@@ -71,12 +71,6 @@ class LlamaModel(LanguageModule):
         tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         self.decoder.set_input_tensor(tensor)
 
-    def output_weight(self) -> torch.Tensor:
-        """This tp rank's rows of the output layer, `[V / tp, D]`."""
-        if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
-
     def forward(
         self,
         tokens_BT: torch.Tensor,
@@ -114,7 +108,9 @@ class LlamaModel(LanguageModule):
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(
                 hidden, group=self.pg_collection.tp
             )
-        weight = self.output_weight()
+        is_tied = self.share_embeddings_and_output_weights
+        # this tp rank's rows, `[V / tp, D]`
+        weight = self.shared_embedding_or_output_weight() if is_tied else self.output_layer.weight
         if return_logits:
             return hidden.squeeze(1) @ weight.t()
         loss_sum, _ = linear_cross_entropy(

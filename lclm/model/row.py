@@ -1,7 +1,7 @@
 """What a layer must know about the row it works on; one object travels with each micro-batch.
 
 Megatron-core hands `packed_seq_params` to every layer, also when a layer is recomputed and under
-every pipeline schedule. `RowContext` travels that way, so there is no "current batch" anywhere.
+every pipeline schedule. `RowContext` travels with it, so there is no "current batch" anywhere.
 """
 
 from dataclasses import dataclass
