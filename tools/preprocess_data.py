@@ -13,8 +13,9 @@ from lclm.data.remote import fetch_inputs
 from lclm.data.tokenizer import load_tokenizer
 from lclm.prepare.chat import TEMPLATES
 from lclm.prepare.chat_encoder import encode_conversations
-from lclm.prepare.encoder import EncodeSummary, encode_sources
+from lclm.prepare.encoder import encode_sources
 from lclm.prepare.readers import find_sources
+from lclm.prepare.resume import EncodeSummary
 from lclm.prepare.worker import EncodeOptions
 
 logger = logging.getLogger("lclm.tools")

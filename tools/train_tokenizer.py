@@ -8,11 +8,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lclm.command_line import make_parser, run_tool
 from lclm.data.remote import fetch_inputs
-from lclm.data.tokenizer import LLAMA3_PATTERN
+from lclm.data.tokenizer import llama3_splitter
 from lclm.files import replace_text
 from lclm.prepare.documents import read_unit
 from lclm.prepare.progress import Progress
@@ -80,12 +80,7 @@ def iterate_texts(
 def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     """A tokenizer with at most vocab_size tokens, the special ones included."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(LLAMA3_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    tokenizer.pre_tokenizer = llama3_splitter()
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

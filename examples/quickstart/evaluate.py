@@ -1,6 +1,6 @@
 """Ask two exported models, before and after the extension, what a longer context is worth to them.
 
-Loads the Hugging Face folders with transformers, nothing of lclm. Three questions:
+The Hugging Face folders are loaded and run by transformers alone. Three questions:
 
 context  the loss on the last tokens of held-out code, the same tokens each time, given short and
          ever longer text before them
@@ -10,7 +10,6 @@ sample   what greedy decoding writes after a prompt
 Writes one JSON file; report.py draws it.
 """
 
-import argparse
 import json
 import math
 import os
@@ -22,6 +21,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
+
+from lclm.command_line import make_parser
+from lclm.files import replace_text
 
 MAX_WINDOWS = 16
 PROMPT = "def read_file(path):\n"
@@ -157,9 +159,7 @@ def summary(question: str, answer: Any) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, "")
     parser.add_argument("--before", type=Path, required=True, help="Hugging Face folder")
     parser.add_argument("--after", type=Path, required=True, help="Hugging Face folder")
     parser.add_argument("--held-out", type=Path, required=True, help="made by make_corpus.py")
@@ -177,9 +177,7 @@ def main() -> int:
         ):
             results[name][question] = answer
             print(f"  {name} the extension: {question}: {summary(question, answer)}", flush=True)
-    work = arguments.output.with_name(f"{arguments.output.name}.tmp-{os.getpid()}")
-    work.write_text(json.dumps(results, indent=1), encoding="utf-8")
-    work.replace(arguments.output)
+    replace_text(arguments.output, json.dumps(results, indent=1))
     return 0
 
 

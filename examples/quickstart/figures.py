@@ -1,7 +1,5 @@
 """The four pictures of the quickstart's report, each from numbers that the run left behind."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -16,13 +16,14 @@ of two million parameters can pass. A guess is right one time in eight.
 import argparse
 import ast
 import json
-import os
 import random
-import shutil
 import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+
+from lclm.command_line import make_parser
+from lclm.files import replace_folder
 
 SKIPPED = {
     "__phello__",
@@ -152,9 +153,7 @@ def write_jsonl(path: Path, records: list[dict[str, object]]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, "")
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--lengths", type=int, nargs="+", required=True, help="recall, in tokens")
     parser.add_argument("--recall-tokens", type=int, required=True, help="tokens per recall length")
@@ -163,15 +162,9 @@ def main() -> int:
     arguments = parser.parse_args()
 
     rng = random.Random(arguments.seed)
-    work = arguments.output.with_name(f"{arguments.output.name}.tmp-{os.getpid()}")
-    (work / "held_out").mkdir(parents=True)
-    try:
+    with replace_folder(arguments.output) as work:
+        (work / "held_out").mkdir()
         print(fill_corpus(work, arguments, rng))
-        if arguments.output.exists():
-            shutil.rmtree(arguments.output)
-        work.rename(arguments.output)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return 0
 
 

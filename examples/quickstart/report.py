@@ -4,11 +4,9 @@ Every sentence with a number in it is made from the numbers of this run. Where a
 the extension bought nothing, the page says so.
 """
 
-import argparse
 import base64
 import html
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,8 +21,10 @@ from figures import (
     wilson,
 )
 
+from lclm.command_line import make_parser
 from lclm.config import Config
 from lclm.config_file import load_config
+from lclm.files import replace_text
 
 STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto;
@@ -91,23 +91,17 @@ def describe_recall(evaluation: dict[str, Any]) -> list[str]:
     sentences = []
     for name in ("before", "after"):
         recall = evaluation[name]["recall"]
-        works = [
-            f"{int(length):,} ({count['right'] / count['asked']:.0%})"
-            for length, count in recall.items()
-            if wilson(count["right"], count["asked"])[0] > GUESS
-        ]
-        fails = [
-            f"{int(length):,} ({count['right'] / count['asked']:.0%})"
-            for length, count in recall.items()
-            if wilson(count["right"], count["asked"])[0] <= GUESS
-        ]
-        text = f"{name.capitalize()} the extension, recall "
-        text += (
-            f"is better than a guess ({GUESS:.1%}) at {', '.join(works)} tokens" if works else ""
-        )
-        text += "; " if works and fails else ""
-        text += f"is no better than a guess at {', '.join(fails)} tokens" if fails else ""
-        sentences.append(text + ".")
+        places: dict[str, list[str]] = {
+            f"is better than a guess ({GUESS:.1%})": [],
+            "is no better than a guess": [],
+        }
+        better, worse = places.values()
+        for length, count in recall.items():
+            works = wilson(count["right"], count["asked"])[0] > GUESS
+            share = count["right"] / count["asked"]
+            (better if works else worse).append(f"{int(length):,} ({share:.0%})")
+        found = [f"{what} at {', '.join(at)} tokens" for what, at in places.items() if at]
+        sentences.append(f"{name.capitalize()} the extension, recall {'; '.join(found)}.")
     return sentences
 
 
@@ -223,9 +217,7 @@ training writes the shape of code, not its sense.</p>
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, "")
     parser.add_argument("--run", type=Path, required=True, help="run folder of lclm.train")
     parser.add_argument("--evaluation", type=Path, required=True, help="made by evaluate.py")
     parser.add_argument("--output", type=Path, required=True, help="HTML file; PNGs go beside it")
@@ -235,9 +227,7 @@ def main() -> int:
     config = load_config(arguments.run / "config.resolved.toml")
     evaluation = json.loads(arguments.evaluation.read_text(encoding="utf-8"))
     page = build_page(steps, config, evaluation, arguments.output.parent)
-    work = arguments.output.with_name(f"{arguments.output.name}.tmp-{os.getpid()}")
-    work.write_text(page, encoding="ascii", errors="xmlcharrefreplace")
-    work.replace(arguments.output)
+    replace_text(arguments.output, page.encode("ascii", "xmlcharrefreplace").decode("ascii"))
     for text in [*describe_recall(evaluation), *describe_context(evaluation)]:
         print(f"  {text}")
     return 0

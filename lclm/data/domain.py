@@ -43,7 +43,6 @@ class Domain:
         key: of the seed and the document lengths; decides every order.
         num_docs: documents trained on in one epoch.
         num_held_out: documents never trained on.
-        is_chat: documents are conversations, which best-fit never cuts.
     """
 
     def __init__(self, prefix: str, seed: int, held_out_fraction: float) -> None:
@@ -73,7 +72,6 @@ class Domain:
             num_held_out = min(max(num_held_out, 1), num_docs - 1)
         else:
             num_held_out = 0
-        self.is_chat = bool(self.reader.metadata.get("is_chat"))
         self.num_held_out = num_held_out
         self.num_docs = num_docs - num_held_out  # trained on in one epoch
 

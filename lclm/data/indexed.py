@@ -10,10 +10,9 @@ Megatron-LM's own tool; readers here do not number such documents.
 import json
 import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -53,6 +52,8 @@ class IndexedReader:
         num_tokens: their sum.
         dtype: of the stored tokens.
         metadata: contents of `<prefix>.json`; empty when there is none (files of another tool).
+        is_chat: documents are conversations, which best-fit never cuts.
+        weight_values: weights that tokens may have as targets; empty: all weigh 1.
     """
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
@@ -91,25 +92,31 @@ class IndexedReader:
             self._start_unit = 1
         self._tokens = RetryingFile(bin_path)
         self.metadata = _read_metadata(Path(self.prefix + ".json"), self.num_tokens)
-        self._weight_values = np.array(self.metadata.get("weight_values", []), np.float32)
+        self.is_chat = bool(self.metadata.get("is_chat"))
+        self.weight_values: list[float] = self.metadata.get("weight_values", [])
+        self._weight_table = np.array(self.weight_values, np.float32)
         self._weights = _open_weights(self.prefix, self.num_tokens) if self.has_weights else None
 
     @property
     def has_weights(self) -> bool:
         """Whether tokens count as targets by weights of their own (`read_weights`)."""
-        return len(self._weight_values) > 0
+        return bool(self.weight_values)
 
-    def read_weight_numbers(self, doc: int) -> np.ndarray:
-        """uint8, number of each token's weight in `metadata["weight_values"]`."""
+    def read_weight_numbers(self, doc: int, offset: int, length: int) -> np.ndarray:
+        """uint8 [length], number of each token's weight in `weight_values`; see `read`."""
         assert self._weights is not None, "has_weights says whether there are any"
-        start = int(self._starts[doc]) // self._start_unit
-        return self._weights[start : start + int(self.lengths[doc])]
+        start = int(self._starts[doc]) // self._start_unit + offset
+        return self._weights[start : start + length]
 
     def read_weights(self, doc: int, offset: int, length: int) -> np.ndarray:
         """float32 [length]: weight of each of these tokens as a target; see `read`."""
-        assert self._weights is not None, "has_weights says whether there are any"
-        start = int(self._starts[doc]) // self._start_unit + offset
-        return self._weight_values[self._weights[start : start + length]]
+        return self._weight_table[self.read_weight_numbers(doc, offset, length)]
+
+    def documents(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """Tokens of every document, and the numbers of their weights where there are any."""
+        for number, length in enumerate(self.lengths.tolist()):
+            weights = self.read_weight_numbers(number, 0, length) if self.has_weights else None
+            yield self.read(number), weights
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -121,7 +128,7 @@ class IndexedReader:
 
         Raises:
             ValueError: the range does not lie in the document.
-            OSError: the file cannot be read, also not when tried again.
+            OSError: the file cannot be read, even after retries.
         """
         if not 0 <= doc < len(self.lengths):
             raise ValueError(f"{self.prefix}: document {doc} of {len(self.lengths)} does not exist")
@@ -208,25 +215,14 @@ class IndexedWriter:
             self._open = stack.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self._open.callback(self._describe)
-        self._open.__exit__(kind, error, trace)
-
-    def _describe(self) -> None:
-        """Write the files beside `.bin`."""
-        if self._weight_values:
-            self.metadata["weight_values"] = self._weight_values
-        lengths = np.asarray(self._lengths, np.int32)
-        write_index(self._temporary[".idx"], lengths, self.dtype)
-        _write_metadata(
-            self._temporary[".json"], lengths, self.vocab_size, self.dtype, self.metadata
-        )
+    def __exit__(self, *raised: Any) -> None:
+        if raised[0] is None:
+            if self._weight_values:
+                self.metadata["weight_values"] = self._weight_values
+            files = (self._temporary[".idx"], self._temporary[".json"])
+            lengths = np.asarray(self._lengths, np.int32)
+            self._open.callback(_describe, *files, lengths, self.vocab_size, self.metadata)
+        self._open.__exit__(*raised)
 
     def add_document(self, ids: np.ndarray | list[int], weights: np.ndarray | None = None) -> None:
         """Append one document; one without tokens is counted and gets a border only.
@@ -307,10 +303,8 @@ def adopt_tokens(
         vocab_size: decides the dtype, as `dtype_for_vocab` says.
         metadata: as `IndexedWriter.metadata`.
     """
-    dtype = dtype_for_vocab(vocab_size)
-    with replace_files(Path(prefix + ".json"), Path(prefix + ".idx")) as (described, index):
-        write_index(index, lengths, dtype)
-        _write_metadata(described, lengths, vocab_size, dtype, metadata)
+    with replace_files(Path(prefix + ".json"), Path(prefix + ".idx")) as (description, index):
+        _describe(index, description, lengths, vocab_size, metadata)
         if tokens.exists():
             os.replace(tokens, prefix + ".bin")
 
@@ -334,9 +328,12 @@ def read_all_lengths(prefix: str) -> np.ndarray:
     return every
 
 
-def _write_metadata(
-    path: Path, lengths: np.ndarray, vocab_size: int, dtype: np.dtype, metadata: dict[str, Any]
+def _describe(
+    index: Path, description: Path, lengths: np.ndarray, vocab_size: int, metadata: dict[str, Any]
 ) -> None:
+    """Write the `.idx` and the `.json` of documents of these lengths."""
+    dtype = dtype_for_vocab(vocab_size)
+    write_index(index, lengths, dtype)
     num_documents = int(np.count_nonzero(lengths))
     counts = {
         "vocab_size": vocab_size,
@@ -347,4 +344,4 @@ def _write_metadata(
         "length_histogram": length_histogram(lengths),
     }
     text = json.dumps(metadata | counts, indent=2, ensure_ascii=True)
-    path.write_text(text + "\n", encoding="utf-8")
+    description.write_text(text + "\n", encoding="utf-8")

@@ -13,7 +13,6 @@ a packed sequence; `mask` u8, 1 where a token is a target (chat). arXiv 2410.026
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +28,14 @@ _NUMBERS = {"int": "<i8"} | {f"{sign}int{bits}": f"<{sign or 'i'}{bits // 8}"
                              for sign in ("", "u") for bits in (8, 16, 32, 64)}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class MdsDocument:
-    """One document of a sample."""
-
-    tokens: np.ndarray  # integers [n]
-    mask: np.ndarray | None  # uint8 [n], 1: a target; None where the shards have no mask
-    where: str  # shard and sample, for messages
-
-
 class MdsReader:
     """The documents of one MDS folder, shard by shard.
 
     Attributes:
         num_samples: of all shards, as the index says.
-        has_mask: whether samples carry a `mask`.
-        has_spans: whether samples are packed sequences with `indices`.
+        has_weights: whether samples carry a `mask`.
+        is_chat: the same: ProLong's shards have masks for conversations and no others.
+        weight_values: what 0 and 1 of a mask stand for.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -71,11 +62,14 @@ class MdsReader:
                 f"{path}: has format and version {sorted(formats)} and columns {sorted(columns)}; "
                 "only mds of version 2 with a column input_ids is read"
             )
-        self.has_mask = "mask" in columns
-        self.has_spans = "indices" in columns
+        self.has_weights = self.is_chat = "mask" in columns
+        self.weight_values = (0.0, 1.0) if self.has_weights else ()
 
-    def documents(self) -> Iterator[MdsDocument]:
+    def documents(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         """Every document: each span of `indices`, or each sample where there are none.
+
+        Yields:
+            tokens, integers [n], and uint8 [n], 1 for a target; None where no shard has a mask.
 
         Raises:
             ValueError: a shard is missing, cut short or does not fit the index, or its spans or
@@ -91,6 +85,8 @@ class MdsReader:
                     raise ValueError(
                         f"{where}: cannot be read ({error}); the shard is damaged: fetch it again"
                     ) from error
+                if self.has_weights:
+                    sample.setdefault("mask", np.ones(len(sample["input_ids"]), np.uint8))
                 yield from _documents(sample, where)
 
     def _open(self, shard: dict[str, Any]) -> tuple[np.ndarray, Path]:
@@ -169,7 +165,9 @@ def _decode_array(raw: bytes, encoding: str) -> np.ndarray:
     return np.frombuffer(raw, dtype, offset=at).reshape(shape)
 
 
-def _documents(sample: dict[str, Any], where: str) -> Iterator[MdsDocument]:
+def _documents(
+    sample: dict[str, Any], where: str
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
     tokens, mask = sample["input_ids"], sample.get("mask")
     spans = sample.get("indices")
     if tokens.ndim != 1 or (mask is not None and mask.shape != tokens.shape):
@@ -177,6 +175,8 @@ def _documents(sample: dict[str, Any], where: str) -> Iterator[MdsDocument]:
             f"{where}: input_ids of shape {tokens.shape} and mask of shape "
             f"{None if mask is None else mask.shape} must be one-dimensional and equal"
         )
+    if mask is not None and len(mask) and mask.max() > 1:
+        raise ValueError(f"{where}: mask holds {mask.max()}, not only 0 and 1")
     if spans is None:
         spans = np.array([[0, len(tokens)]])
     if spans.ndim != 2 or spans.shape[1] != 2 or (spans[:, 0] > spans[:, 1]).any():
@@ -186,4 +186,4 @@ def _documents(sample: dict[str, Any], where: str) -> Iterator[MdsDocument]:
             f"{where}: indices reach to {spans.max()}, the sample has {len(tokens)} tokens"
         )
     for start, end in spans.tolist():
-        yield MdsDocument(tokens[start:end], None if mask is None else mask[start:end], where)
+        yield tokens[start:end], None if mask is None else mask[start:end]

@@ -16,6 +16,8 @@ import numpy as np
 from lclm.data.domain import Cursor, Domain
 from lclm_kernels.native import pack_best_fit, pack_concat, pack_exact
 
+REMEDY = "lower its share or the stage's tokens, raise data.max_epochs, or add data"
+
 
 @dataclass(frozen=True)
 class PackedRows:
@@ -37,10 +39,18 @@ class DomainRows:
     rows: list[PackedRows]  # in the order of the piece lengths asked for
     epochs: list[np.ndarray]  # of each of rows: int64 [R], epoch of the row's first piece
     next_cursor: Cursor
-    num_tail_tokens: int  # dropped: shorter than the smallest piece
-    num_unused_tokens: int  # cut to a piece length that had enough pieces already
-    num_padding_tokens: int = 0  # best-fit: room that no document fills
-    num_dropped_docs: int = 0  # conversations longer than a row
+    tail_tokens: int = 0  # dropped: shorter than the smallest piece
+    unused_tokens: int = 0  # cut to a piece length that had enough pieces already
+    padding_tokens: int = 0  # best-fit: room that no document fills
+    dropped_docs: int = 0  # conversations longer than a row
+
+
+def _append_epochs(domain: Domain, docs: np.ndarray, first: int, last: int) -> np.ndarray:
+    """docs and behind them the documents of the epochs [first, last)."""
+    if first == last:
+        return docs
+    more = domain.stream(first * domain.num_docs, last * domain.num_docs)
+    return np.concatenate([docs, more])
 
 
 def build_concat_rows(
@@ -60,25 +70,20 @@ def build_concat_rows(
     needed = num_rows * row_length
     more_epochs = max(0, -(-(needed - first_tokens) // epoch_tokens))
     if needed and epoch + 1 + more_epochs > max_epochs:
-        there = max(0, first_tokens + (max_epochs - epoch - 1) * epoch_tokens)
-        if epoch >= max_epochs:
-            there = 0
+        rest = first_tokens + (max_epochs - epoch - 1) * epoch_tokens
+        there = rest if epoch < max_epochs else 0
         raise ValueError(
             f"{where}: {domain.prefix} needs {needed} tokens, {there} are left of {max_epochs} "
-            f"epochs of {epoch_tokens} tokens; lower its share or the stage's tokens, raise "
-            "data.max_epochs, or add data"
+            f"epochs of {epoch_tokens} tokens; {REMEDY}"
         )
-    if more_epochs:
-        start = (epoch + 1) * domain.num_docs
-        more = domain.stream(start, start + more_epochs * domain.num_docs)
-        docs = np.concatenate([docs, more])
+    docs = _append_epochs(domain, docs, epoch + 1, epoch + 1 + more_epochs)
     packed = pack_concat(domain.reader.lengths[docs], cursor.offset, row_length, num_rows)
     assert packed is not None, "the token count above promised enough documents"
     first_piece = packed.place[packed.row_start[:-1]]
     rows = PackedRows(packed.row_start, docs[packed.place], packed.offset, packed.length)
     epochs = epoch + (place + first_piece.astype(np.int64)) // domain.num_docs
     next_cursor = Cursor(cursor.ordinal + packed.next_place, packed.next_offset)
-    return DomainRows([rows], [epochs], next_cursor, 0, 0)
+    return DomainRows([rows], [epochs], next_cursor)
 
 
 def build_exact_rows(
@@ -104,10 +109,7 @@ def build_exact_rows(
     epoch = first_ordinal // domain.num_docs
     docs = domain.stream(first_ordinal, (epoch + 1) * domain.num_docs)
     more_epochs = _exact_epochs(domain, docs, targets, needs, epoch, max_epochs, where)
-    if more_epochs:
-        start = (epoch + 1) * domain.num_docs
-        more = domain.stream(start, start + more_epochs * domain.num_docs)
-        docs = np.concatenate([docs, more])
+    docs = _append_epochs(domain, docs, epoch + 1, epoch + 1 + more_epochs)
     packed = pack_exact(domain.reader.lengths[docs], targets, needs)
     assert packed is not None, "the piece counts above promised enough documents"
     rows: dict[int, PackedRows] = {}
@@ -155,8 +157,7 @@ def _exact_epochs(
             raise ValueError(
                 f"{where}: {domain.prefix} needs {need * target} tokens in {need} pieces of "
                 f"{target}, {there * target} in {there} pieces are left of {max_epochs} epochs of "
-                f"{per_epoch * target} tokens; lower its share or the stage's tokens, raise "
-                "data.max_epochs, or add data"
+                f"{per_epoch * target} tokens; {REMEDY}"
             )
         more_epochs = max(more_epochs, missing_epochs)
     return more_epochs
@@ -191,7 +192,7 @@ def build_best_fit_rows(
         lengths = domain.reader.lengths[docs]
         packed = None
         if epoch < max_epochs:
-            packed = pack_best_fit(lengths, row_length, num_rows, domain.is_chat)
+            packed = pack_best_fit(lengths, row_length, num_rows, domain.reader.is_chat)
         if packed is not None:
             break
         epoch += 1
@@ -200,11 +201,9 @@ def build_best_fit_rows(
             raise ValueError(
                 f"{where}: {domain.prefix} needs {num_rows} rows of {row_length} tokens, its "
                 f"{num_tokens} tokens left of {max_epochs} epochs of {domain.num_docs} documents "
-                "fill fewer; lower its share or the stage's tokens, raise data.max_epochs, or add "
-                "data"
+                f"fill fewer; {REMEDY}"
             )
-        more = domain.stream(epoch * domain.num_docs, (epoch + 1) * domain.num_docs)
-        docs = np.concatenate([docs, more])
+        docs = _append_epochs(domain, docs, epoch, epoch + 1)
     first_place = packed.place[packed.row_start[:-1]].astype(np.int64)
     rows = PackedRows(packed.row_start, docs[packed.place], packed.offset, packed.length)
     num_tokens = int(packed.length.sum(dtype=np.int64))
@@ -212,8 +211,7 @@ def build_best_fit_rows(
         [rows],
         [(first + first_place) // domain.num_docs],
         Cursor(first + packed.num_documents),
-        0,
-        packed.num_unused_tokens,
-        num_rows * row_length - num_tokens,
-        packed.num_dropped,
+        unused_tokens=packed.num_unused_tokens,
+        padding_tokens=num_rows * row_length - num_tokens,
+        dropped_docs=packed.num_dropped,
     )

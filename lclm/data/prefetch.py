@@ -3,7 +3,6 @@
 import queue
 import threading
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -67,12 +66,7 @@ class Prefetcher(Generic[T]):
     def __enter__(self) -> "Prefetcher[T]":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -53,6 +53,7 @@ class Row:
 
 PACKING_VERSION = 2  # raised when the same inputs give other rows
 PACKED_FIELDS = ("row_start", "doc", "offset", "length")  # of PackedRows
+LOST = ("tail_tokens", "unused_tokens", "padding_tokens", "dropped_docs")  # of DomainRows
 PADDING_TOKEN = 0  # never a target, never seen from another piece
 
 
@@ -166,7 +167,7 @@ class StageRows:
         inputs += [seed, stage_index, max_epochs]
         inputs += [
             [self._domains[e.prefix].key, self._domains[e.prefix].num_held_out,
-             self._domains[e.prefix].is_chat, e.packing, length, e.share,
+             self._domains[e.prefix].reader.is_chat, e.packing, length, e.share,
              self._first_cursors[e.prefix]]
             for e, length in zip(self._entries, self._piece_lengths)
         ]  # fmt: skip
@@ -200,15 +201,8 @@ class StageRows:
                 # which row of its entry each row of the stage is: epoch by epoch, shuffled within
                 shuffled = seeded_order(len(rows), "rows", seed, stage_index, number)
                 row_in_entry[entry_of_row == number] = np.lexsort((shuffled, epoch))
-            facts.append(
-                {
-                    "next_cursor": list(part.next_cursor),
-                    "tail_tokens": part.num_tail_tokens,
-                    "unused_tokens": part.num_unused_tokens,
-                    "padding_tokens": part.num_padding_tokens,
-                    "dropped_docs": part.num_dropped_docs,
-                }
-            )
+            lost = {name: getattr(part, name) for name in LOST}
+            facts.append({"next_cursor": list(part.next_cursor), **lost})
         return arrays, {"domains": facts}
 
     def _pack(
@@ -238,7 +232,7 @@ class StageRows:
         Raises:
             IndexError: there is no such row.
             ValueError: it holds ids outside the vocabulary.
-            OSError: it cannot be read, also not when tried again.
+            OSError: it cannot be read, even after retries.
         """
         if not 0 <= number < self.num_rows:
             raise IndexError(f"row {number} of a stage of {self.num_rows} rows")
@@ -277,14 +271,14 @@ class StageRows:
                 f"{count * self.seq_length} tokens"
             )
         for prefix, domain in self._domains.items():
-            fact = self._facts[prefix]
+            fact, is_chat = self._facts[prefix], domain.reader.is_chat
             first = self._first_cursors[prefix].ordinal / domain.num_docs
             last = self.next_cursors[prefix].ordinal / domain.num_docs
             dropped = {
                 f"{fact['tail_tokens']} tokens of tails dropped": True,
                 f"{fact['unused_tokens']} in pieces not needed": True,
                 f"{fact['padding_tokens']} of padding": fact["padding_tokens"],
-                f"{fact['dropped_docs']} conversations longer than a row left out": domain.is_chat,
+                f"{fact['dropped_docs']} conversations longer than a row left out": is_chat,
             }
             lines.append(
                 f"{prefix}: epochs {first:.3f} to {last:.3f} of {domain.num_docs} documents "

@@ -64,6 +64,13 @@ OTHER_TIKTOKEN = {
 MAX_WHITE_SPACE = 100_000
 
 
+def llama3_splitter() -> tokenizers.pre_tokenizers.PreTokenizer:
+    """Llama 3's cutting of text into pieces of bytes, for tokenizers of Hugging Face's library."""
+    parts = tokenizers.pre_tokenizers
+    split = parts.Split(tokenizers.Regex(LLAMA3_PATTERN), behavior="isolated")
+    return parts.Sequence([split, parts.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
 class Tokenizer(ABC):
     """One tokenizer file, ready to encode.
 

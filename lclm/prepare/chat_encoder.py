@@ -9,9 +9,10 @@ from lclm.data.indexed import IndexedWriter
 from lclm.data.tokenizer import Tokenizer
 from lclm.prepare.chat import ChatTemplate, check_messages
 from lclm.prepare.documents import read_records
-from lclm.prepare.encoder import NUM_NAMED, EncodeSummary
+from lclm.prepare.encoder import NUM_NAMED
 from lclm.prepare.progress import Progress
 from lclm.prepare.readers import Problem, Source, iterate_units
+from lclm.prepare.resume import EncodeSummary
 
 
 def encode_conversations(

@@ -3,9 +3,9 @@
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lclm.files import import_optional
 from lclm.prepare.readers import PARQUET, Problem, Unit
@@ -16,6 +16,7 @@ except ImportError:  # an optional package; json gives the same documents, only 
     orjson = None  # type: ignore[assignment]
 
 PARQUET_ROWS = 256  # read at once
+T = TypeVar("T")
 
 
 def read_unit(unit: Unit, keys: Sequence[str]) -> Iterator[tuple[str, ...] | Problem | None]:
@@ -28,47 +29,39 @@ def read_unit(unit: Unit, keys: Sequence[str]) -> Iterator[tuple[str, ...] | Pro
         if unit.path.name.lower().endswith(PARQUET):
             yield from _read_rows(unit, unit.path, keys)
         else:
-            yield from _read_lines(unit, unit.path, keys)
+            escaped = _escapes_in(keys)
+            yield from _read_lines(unit, lambda line: _texts_of(line, keys, escaped))
     for files in unit.documents:
         yield from _read_document(files, unit.is_folder)
 
 
 def read_records(unit: Unit) -> Iterator[dict[str, Any] | Problem | None]:
     """The objects of a unit of JSON lines, as `read_unit` gives texts."""
+    return _read_lines(unit, _record_of_line)
+
+
+def _read_lines(unit: Unit, parse: Callable[[bytes], T]) -> Iterator[T | Problem | None]:
+    """What parse makes of each line; a ValueError of it becomes a Problem."""
     assert unit.path is not None, "a unit of lines"
-    for number, line in enumerate(_lines_of(unit, unit.path), start=1):
+    data = unit.lines
+    if data is None:
+        with open(unit.path, "rb") as file:
+            file.seek(unit.start)
+            data = file.read(unit.end - unit.start)
+    # one line at a time: a list of all would be fresh memory, slow
+    for number, line in enumerate(io.BytesIO(data), start=1):
         if not line.strip():
             yield None
             continue
         try:
-            yield _record_of_line(line)
+            yield parse(line.removesuffix(b"\n"))
         except ValueError as error:
             yield Problem(unit.path, number, str(error))
 
 
-def _lines_of(unit: Unit, path: Path) -> Iterator[bytes]:
-    data = unit.lines
-    if data is None:
-        with open(path, "rb") as file:
-            file.seek(unit.start)
-            data = file.read(unit.end - unit.start)
-    for line in io.BytesIO(data):  # one at a time: a list of all would be fresh memory, slow
-        yield line.removesuffix(b"\n")
-
-
-def _read_lines(
-    unit: Unit, path: Path, keys: Sequence[str]
-) -> Iterator[tuple[str, ...] | Problem | None]:
-    escaped = _escapes_in(keys)
-    for number, line in enumerate(_lines_of(unit, path), start=1):
-        if not line.strip():
-            yield None
-            continue
-        texts = None if orjson is None else _texts_fast(line, keys, escaped)
-        try:
-            yield _texts_slowly(line, keys) if texts is None else texts
-        except ValueError as error:
-            yield Problem(path, number, str(error))
+def _texts_of(line: bytes, keys: Sequence[str], escaped: re.Pattern[bytes]) -> tuple[str, ...]:
+    texts = None if orjson is None else _texts_fast(line, keys, escaped)
+    return _texts_slowly(line, keys) if texts is None else texts
 
 
 def _escapes_in(keys: Sequence[str]) -> re.Pattern[bytes]:

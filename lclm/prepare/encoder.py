@@ -12,7 +12,6 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,28 +24,13 @@ from lclm.prepare.pool import encode_in_pool
 from lclm.prepare.progress import Progress
 from lclm.prepare.ray import encode_on_ray
 from lclm.prepare.readers import BLOCK_BYTES, PARQUET, Problem, Source, Unit, iterate_units
-from lclm.prepare.resume import State, Unfinished
+from lclm.prepare.resume import EncodeSummary, State, Unfinished
 from lclm.prepare.worker import Encoded, EncodeOptions, Worker, WorkerState
 
 NUM_NAMED = 5  # problems named in full
 SAMPLE_UNITS = 4  # of which documents are taken to compare tokenizer libraries
 SAMPLE_TEXTS = 8  # of each
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class EncodeSummary:
-    """What came out of it."""
-
-    prefixes: list[str]
-    num_documents: int = 0  # with tokens, of the first key
-    num_empty: int = 0
-    num_tokens: int = 0  # over all keys
-    num_skipped: int = 0  # lines and files left out because of --on-error skip
-    num_binary: int = 0  # files of folders that are not text
-    num_short: int = 0  # documents left out by min_tokens
-    num_long: int = 0  # and by max_tokens
-    named: list[str] = field(default_factory=list)  # the first skipped lines and binary files
 
 
 def encode_sources(
@@ -82,7 +66,14 @@ def encode_sources(
     prefixes = [output_prefix] if len(keys) == 1 else [f"{output_prefix}_{key}" for key in keys]
     described = _describe_options(options, group_by)
     inputs = _hash_inputs(sources, tokenizer, described | {"block": block_bytes})
-    with Unfinished(output_prefix, inputs, len(keys), len(sources)) as work:
+    new = State(
+        prefixes,
+        inputs=inputs,
+        token_bytes=[0] * len(keys),
+        length_bytes=[0] * len(keys),
+        documents=[0] * len(sources),
+    )
+    with Unfinished(f"{output_prefix}.unfinished", new) as work:
         if work.was_discarded:
             logger.warning("%s: held work on other inputs or options; started anew", work.folder)
         if work.has_resumed:
@@ -99,10 +90,10 @@ def encode_sources(
                     "tokenizer": tokenizer.describe(),
                     "sources": _describe_sources(sources, work.state.documents),
                     "options": {"json_key": keys[number]} | described,
-                    "skipped": work.state.skipped,
-                    "binary_files": work.state.binary,
-                    "short_documents": work.state.short,
-                    "long_documents": work.state.long,
+                    "skipped": work.state.num_skipped,
+                    "binary_files": work.state.num_binary,
+                    "short_documents": work.state.num_short,
+                    "long_documents": work.state.num_long,
                 }
                 lengths = work.lengths(number)
                 adopt_tokens(prefix, work.tokens(number), lengths, tokenizer.vocab_size, metadata)
@@ -110,21 +101,7 @@ def encode_sources(
             work.remove()
             raise
         work.remove()
-        return _summarize(prefixes, work.state)
-
-
-def _summarize(prefixes: list[str], state: State) -> EncodeSummary:
-    return EncodeSummary(
-        prefixes,
-        sum(state.documents),
-        state.empty,
-        state.tokens,
-        state.skipped,
-        state.binary,
-        state.short,
-        state.long,
-        state.named,
-    )
+        return work.state
 
 
 def _hash_inputs(
@@ -189,12 +166,12 @@ def check_options(tokenizer: Tokenizer, options: EncodeOptions) -> None:
 
 
 def _check_result(sources: Sequence[Source], options: EncodeOptions, state: State) -> None:
-    if state.tokens == 0 and options.shard[1] == 1:
+    if state.num_tokens == 0 and options.shard[1] == 1:
         raise ValueError(
             f"input {', '.join(str(source.path) for source in sources)}: gives no tokens "
-            f"({state.empty} empty documents, {state.skipped} lines or files skipped, "
-            f"{state.binary} files that are not text, {state.short + state.long} documents shorter "
-            "or longer than asked for); nothing was written"
+            f"({state.num_empty} empty documents, {state.num_skipped} lines or files skipped, "
+            f"{state.num_binary} files that are not text, {state.num_short + state.num_long} "
+            "documents shorter or longer than asked for); nothing was written"
         )
 
 
@@ -219,15 +196,18 @@ def _encode_rest(
             state.file = at
             _note_problems(state, done.problems, options.on_error)
             state.lines += done.num_lines
-            state.documents[unit.source] += int(np.count_nonzero(done.lengths[0]))
-            state.empty += int(np.count_nonzero(done.lengths[0] == 0))
-            state.tokens += sum(int(item.sum(dtype=np.int64)) for item in done.lengths)
-            state.short += done.num_short
-            state.long += done.num_long
+            num_documents = int(np.count_nonzero(done.lengths[0]))
+            state.documents[unit.source] += num_documents
+            state.num_documents += num_documents
+            state.num_empty += len(done.lengths[0]) - num_documents
+            state.num_tokens += sum(int(item.sum(dtype=np.int64)) for item in done.lengths)
+            state.num_short += done.num_short
+            state.num_long += done.num_long
             state.bytes_read += unit.num_bytes
             state.units += 1
             work.save()
-            progress.add(unit.num_bytes, f"{sum(state.documents)} docs, {state.tokens} tokens")
+            note = f"{state.num_documents} docs, {state.num_tokens} tokens"
+            progress.add(unit.num_bytes, note)
 
 
 def _encode_units(
@@ -295,10 +275,10 @@ def _note_problems(state: State, problems: Sequence[Problem], on_error: str) -> 
         where = f"{problem.path}, {word} {state.lines + problem.line}"
         text = f"{where if problem.line else problem.path}: {problem.reason}"
         if problem.is_binary:
-            state.binary += 1
+            state.num_binary += 1
         elif on_error == "stop":
             raise ValueError(f"{text}; mend it, or leave such input out with --on-error skip")
         else:
-            state.skipped += 1
+            state.num_skipped += 1
         if len(state.named) < NUM_NAMED:
             state.named.append(text)

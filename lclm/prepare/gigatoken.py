@@ -14,12 +14,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
+import tokenizers
 
 from lclm.data.tokenizer import (
     LLAMA3_NAMED,
-    LLAMA3_PATTERN,
     MAX_WHITE_SPACE,
     Tokenizer,
+    llama3_splitter,
     load_tokenizer,
     read_ranks,
     without_spellable_specials,
@@ -56,7 +57,7 @@ def make_plain_json(tokenizer: Tokenizer) -> str:
     """
     main = tokenizer.files[0]
     if tokenizer.kind == "tiktoken":
-        return json.dumps(_from_ranks(read_ranks(main)))
+        return _from_ranks(read_ranks(main))
     if tokenizer.kind == "hf":
         text = main.read_text(encoding="utf-8")
     else:
@@ -70,7 +71,7 @@ def make_plain_json(tokenizer: Tokenizer) -> str:
     return json.dumps(tree | {"added_tokens": added, "post_processor": None})
 
 
-def _from_ranks(ranks: dict[bytes, int]) -> dict[str, Any]:
+def _from_ranks(ranks: dict[bytes, int]) -> str:
     """Llama 3's rank file as byte-level BPE.
 
     tiktoken joins whichever neighbours make the token of the lowest rank, so every way to cut a
@@ -89,41 +90,10 @@ def _from_ranks(ranks: dict[bytes, int]) -> dict[str, Any]:
         pairs = [(left, right) for left, right in cuts if left in ranks and right in ranks]
         pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
         merges += [(spelled[left], spelled[right]) for left, right in pairs]
-    split = {
-        "type": "Split",
-        "pattern": {"Regex": LLAMA3_PATTERN},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-    byte_level = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": False,
-    }
-    model = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": True,
-        "vocab": {spelled[token]: rank for token, rank in ranks.items()},
-        "merges": merges,
-    }
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": None,
-        "decoder": byte_level | {"use_regex": True},
-        "model": model,
-    }
+    vocab = {spelled[token]: rank for token, rank in ranks.items()}
+    tree = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, ignore_merges=True))
+    tree.pre_tokenizer = llama3_splitter()
+    return tree.to_str()
 
 
 class Encoder:

@@ -6,14 +6,16 @@ that made them.
 """
 
 import concurrent.futures
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.context import SpawnContext
+from typing import TypeVar
 
 from lclm.prepare.readers import Unit
 from lclm.prepare.resume import Unfinished, write_tokens
@@ -21,6 +23,7 @@ from lclm.prepare.worker import Encoded, Worker, WorkerState
 
 UNITS_AHEAD = 3  # per worker, handed out before the oldest result is needed
 PARENT_SECONDS = 1.0
+Future = TypeVar("Future")
 
 
 class Places:
@@ -66,19 +69,29 @@ def encode_in_pool(
     # spawn: a forked child would inherit the tokenizer library's threads half alive
     context = multiprocessing.get_context("spawn")
     places = Places(context, work.state.units, work.state.token_bytes)
-    waiting: deque[tuple[Unit, concurrent.futures.Future[Encoded]]] = deque()
+    numbers = itertools.count(work.state.units)
     with concurrent.futures.ProcessPoolExecutor(
         num_workers, context, _start_worker, (state, places)
     ) as pool:
         try:
-            for number, unit in enumerate(units, work.state.units):
-                waiting.append((unit, pool.submit(_encode, number, unit, work.folder)))
-                if len(waiting) >= num_workers * UNITS_AHEAD:
-                    yield waiting[0][0], waiting.popleft()[1].result()
-            while waiting:
-                yield waiting[0][0], waiting.popleft()[1].result()
+            submit = lambda unit: pool.submit(_encode, next(numbers), unit, work.folder)  # noqa: E731
+            for unit, future in submit_ahead(units, submit, num_workers):
+                yield unit, future.result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def submit_ahead(
+    units: Iterable[Unit], submit: Callable[[Unit], Future], num_workers: int
+) -> Iterator[tuple[Unit, Future]]:
+    """Units in order and what `submit` returns for each, UNITS_AHEAD per worker under way."""
+    waiting: deque[tuple[Unit, Future]] = deque()
+    for unit in units:
+        waiting.append((unit, submit(unit)))
+        if len(waiting) >= num_workers * UNITS_AHEAD:
+            yield waiting.popleft()
+    while waiting:
+        yield waiting.popleft()
 
 
 def _start_worker(state: WorkerState, places: Places) -> None:
@@ -93,7 +106,7 @@ def _start_worker(state: WorkerState, places: Places) -> None:
 
 
 def _end_with_parent(parent: int) -> None:
-    """A killed parent cannot end its pool, and the pool's queues stay open for ever."""
+    """A killed parent cannot end its pool, and the pool's queues never close."""
     while os.getppid() == parent:
         time.sleep(PARENT_SECONDS)
     os._exit(1)

@@ -9,13 +9,12 @@ import functools
 import importlib
 import os
 import socket
-from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from lclm.prepare.pool import UNITS_AHEAD
+from lclm.prepare.pool import submit_ahead
 from lclm.prepare.readers import Unit
 from lclm.prepare.worker import Encoded, Worker, WorkerState
 
@@ -40,24 +39,16 @@ def encode_on_ray(units: Iterable[Unit], state: WorkerState) -> Iterator[tuple[U
     ray = _connect()
     encode = ray.remote(num_cpus=1)(_encode)
     shared = ray.put((state, os.getcwd()))
-    waiting: deque[tuple[Unit, Any]] = deque()
-
-    def finish() -> tuple[Unit, Encoded]:
-        unit, future = waiting.popleft()
-        try:
-            return unit, ray.get(future)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from error
-        except ray.exceptions.RayError as error:
-            raise BrokenProcessPool(f"ray: {error}") from error
-
     try:
-        for unit in units:
-            waiting.append((unit, encode.remote(shared, unit)))
-            if len(waiting) >= UNITS_AHEAD * ray.cluster_resources().get("CPU", 1):
-                yield finish()
-        while waiting:
-            yield finish()
+        num_workers = int(ray.cluster_resources().get("CPU", 1))
+        for unit, future in submit_ahead(
+            units, lambda unit: encode.remote(shared, unit), num_workers
+        ):
+            yield unit, ray.get(future)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    except ray.exceptions.RayError as error:
+        raise BrokenProcessPool(f"ray: {error}") from error
     finally:
         ray.shutdown()
 

@@ -21,7 +21,22 @@ from lclm.prepare.worker import Encoded
 
 
 @dataclass
-class State:
+class EncodeSummary:
+    """What came out of it so far."""
+
+    prefixes: list[str] = field(default_factory=list)
+    num_documents: int = 0  # with tokens, of the first key
+    num_empty: int = 0
+    num_tokens: int = 0  # over all keys
+    num_skipped: int = 0  # lines and files left out because of --on-error skip
+    num_binary: int = 0  # files of folders that are not text
+    num_short: int = 0  # documents left out by min_tokens
+    num_long: int = 0  # and by max_tokens
+    named: list[str] = field(default_factory=list)  # the first skipped lines and binary files
+
+
+@dataclass
+class State(EncodeSummary):
     """How far the work has come; everything in it counts what is joined."""
 
     inputs: str = ""  # hash of all that decides the output
@@ -29,14 +44,7 @@ class State:
     bytes_read: int = 0  # of input on disk
     token_bytes: list[int] = field(default_factory=list)  # per key
     length_bytes: list[int] = field(default_factory=list)
-    tokens: int = 0  # over all keys
     documents: list[int] = field(default_factory=list)  # per source, of the first key
-    empty: int = 0
-    skipped: int = 0
-    binary: int = 0
-    short: int = 0
-    long: int = 0
-    named: list[str] = field(default_factory=list)
     file: list[str] = field(default_factory=list)  # source and path of the last unit
     lines: int = 0  # of that file so far
     is_complete: bool = False  # only the renaming is left
@@ -51,11 +59,9 @@ class Unfinished:
         was_discarded: whether an earlier run's work was of other inputs and is gone.
     """
 
-    def __init__(self, prefix: str, inputs: str, num_keys: int, num_sources: int) -> None:
-        self.folder = f"{prefix}.unfinished"
-        self._num_keys = num_keys
-        new = State(inputs, token_bytes=[0] * num_keys, length_bytes=[0] * num_keys)
-        new.documents = [0] * num_sources
+    def __init__(self, folder: str, new: State) -> None:
+        """Prepare it; `new` is the state of work that has not begun."""
+        self.folder = folder
         self.state = new
         self.has_resumed = self.was_discarded = False
 
@@ -84,24 +90,24 @@ class Unfinished:
             is_held = self.has_resumed and path.name.startswith(("tokens-", "lengths-"))
             if path.name != "lock" and not is_held:
                 path.unlink()
-        for key in range(self._num_keys):
-            for name, size in (
-                (f"tokens-{key}", self.state.token_bytes[key]),
-                (f"lengths-{key}", self.state.length_bytes[key]),
-            ):
-                if not (self.state.is_complete and not os.path.exists(self._path(name))):
-                    with open(self._path(name), "ab") as file:
-                        file.truncate(size)
+        for name, size in self._sizes(self.state).items():
+            if not self.state.is_complete or os.path.exists(self._path(name)):
+                with open(self._path(name), "ab") as file:
+                    file.truncate(size)
         self.save()
         return self
 
     def __exit__(self, *raised: object) -> None:
         self._lock.close()
 
+    def _sizes(self, state: State) -> dict[str, int]:
+        """Bytes of each file that a state stands for."""
+        tokens = {f"tokens-{key}": size for key, size in enumerate(state.token_bytes)}
+        return tokens | {f"lengths-{key}": size for key, size in enumerate(state.length_bytes)}
+
     def _holds(self, state: State) -> bool:
         """Whether the files hold what the state says; not so after a crash of the machine."""
-        sizes = {f"tokens-{key}": size for key, size in enumerate(state.token_bytes)}
-        sizes |= {f"lengths-{key}": size for key, size in enumerate(state.length_bytes)}
+        sizes = self._sizes(state)
         names = [name for name in sizes if os.path.exists(self._path(name))]
         # tokens that are complete may have got their final name already
         is_whole = state.is_complete or len(names) == len(sizes)
@@ -117,8 +123,8 @@ class Unfinished:
 
     def add(self, done: Encoded) -> None:
         """Append a unit; tokens that are not written yet are. `save` follows."""
-        for key in range(self._num_keys):
-            write_tokens(self.folder, key, self.state.token_bytes[key], done.tokens[key])
+        for key, tokens in enumerate(done.tokens):
+            write_tokens(self.folder, key, self.state.token_bytes[key], tokens)
             self.state.token_bytes[key] += done.num_bytes[key]
             with open(self._path(f"lengths-{key}"), "ab") as file:
                 file.write(done.lengths[key].tobytes())

@@ -11,7 +11,6 @@ from lclm.data.mds import MdsReader
 from lclm.data.tokenizer import Tokenizer
 from lclm.prepare.gigatoken import Encoder, Library, choose_library
 
-MASK_VALUES = (0.0, 1.0)  # weights that a mask of 0 and 1 stands for
 BATCH_DOCS = 256
 SAMPLE_DOCS = 16
 
@@ -49,8 +48,7 @@ def retokenize(
             from one tokenizer to another, or a special token does not exist.
     """
     reader = _open(source, old)
-    has_weights = reader.has_mask if isinstance(reader, MdsReader) else reader.has_weights
-    if new is not None and has_weights:
+    if new is not None and reader.has_weights:
         raise ValueError(
             f"{source}: has masks of tokens, which cannot follow to another tokenizer; write the "
             "conversations anew with tools/preprocess_data.py --chat"
@@ -58,10 +56,9 @@ def retokenize(
     target = new or old
     if new is None and (append_eod or prepend_bos):
         raise ValueError("--append-eod and --prepend-bos: apply with --to-tokenizer only")
-    values = _weight_values(reader) if has_weights else ()
     num_documents = num_tokens = 0
-    with IndexedWriter(output_prefix, target.vocab_size, values) as writer:
-        documents = _read(reader)
+    with IndexedWriter(output_prefix, target.vocab_size, reader.weight_values) as writer:
+        documents = reader.documents()
         if new is not None:
             ends = [new.bos_id if prepend_bos else None, new.eod_id if append_eod else None]
             if (prepend_bos and ends[0] is None) or (append_eod and ends[1] is None):
@@ -78,7 +75,7 @@ def retokenize(
             "sources": [{"path": source, "documents": num_documents}],
             "options": {"append_eod": append_eod, "prepend_bos": prepend_bos},
         }
-        if _is_chat(reader):
+        if reader.is_chat:
             writer.metadata["is_chat"] = True
     return num_documents, num_tokens
 
@@ -94,34 +91,6 @@ def _open(source: str, old: Tokenizer) -> MdsReader | IndexedReader:
             f"and {old.sha256[:12]}); give the one that wrote it"
         )
     return reader
-
-
-def _is_chat(reader: MdsReader | IndexedReader) -> bool:
-    """Whether documents are conversations; ProLong's shards have masks for those and no others."""
-    if isinstance(reader, MdsReader):
-        return reader.has_mask
-    return bool(reader.metadata.get("is_chat"))
-
-
-def _weight_values(reader: MdsReader | IndexedReader) -> tuple[float, ...]:
-    if isinstance(reader, MdsReader):
-        return MASK_VALUES
-    return tuple(reader.metadata["weight_values"])
-
-
-def _read(reader: MdsReader | IndexedReader) -> Iterator[Document]:
-    if isinstance(reader, IndexedReader):
-        for number in range(len(reader)):
-            weights = reader.read_weight_numbers(number) if reader.has_weights else None
-            yield reader.read(number), weights
-        return
-    for document in reader.documents():
-        mask = document.mask
-        if mask is not None and len(mask) and mask.max() > 1:
-            raise ValueError(f"{document.where}: mask holds {mask.max()}, not only 0 and 1")
-        if reader.has_mask and mask is None:
-            mask = np.ones(len(document.tokens), np.uint8)
-        yield document.tokens, mask
 
 
 def _encode(

@@ -27,25 +27,24 @@ def tokens_of(row, start, end):
 
 def test_packed_shards():
     reader = MdsReader(SHARDS / "packed")
-    assert reader.num_samples == 6 and reader.has_spans and not reader.has_mask
+    assert reader.num_samples == 6 and not reader.has_weights
     expected = [tokens_of(row, *span) for row in range(6) for span in SPANS[row % 3]]
-    assert [document.tokens.tolist() for document in reader.documents()] == expected
+    assert [tokens.tolist() for tokens, _ in reader.documents()] == expected
 
 
 def test_compressed_shards_with_masks():
     documents = list(MdsReader(SHARDS / "chat").documents())
     spans = [(row, *span) for row in range(3) for span in SPANS[row]]
-    assert [d.tokens.tolist() for d in documents] == [tokens_of(*span) for span in spans]
+    assert [tokens.tolist() for tokens, _ in documents] == [tokens_of(*span) for span in spans]
     masks = [[int(t % 3 > 0) for t in range(start, end)] for _, start, end in spans]
-    assert [d.mask.tolist() for d in documents] == masks
+    assert [mask.tolist() for _, mask in documents] == masks
 
 
 def test_shards_before_packing():
     reader = MdsReader(SHARDS / "raw")
-    assert not reader.has_spans
     lengths = (7, 300, 2)
     expected = [tokens_of(row, 0, length) for row, length in enumerate(lengths)]
-    assert [document.tokens.tolist() for document in reader.documents()] == expected
+    assert [tokens.tolist() for tokens, _ in reader.documents()] == expected
 
 
 @pytest.mark.parametrize(
