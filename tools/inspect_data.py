@@ -150,8 +150,8 @@ def run(arguments: argparse.Namespace) -> None:
     for reader in readers:
         print(describe_prefix(reader))
         if arguments.verify:
-            found = verify_prefix(reader.prefix)
-            print(f"  verified: largest id {found.max_id}, sha256 of .bin {found.sha256}")
+            max_id, sha256 = verify_prefix(reader.prefix)
+            print(f"  verified: largest id {max_id}, sha256 of .bin {sha256}")
         if arguments.seq_length:
             print(describe_packing(reader.prefix, arguments))
         if arguments.row is not None:

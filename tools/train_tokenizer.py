@@ -63,17 +63,16 @@ def iterate_texts(
     Raises:
         ValueError: a line or file is bad.
     """
-    line_of: dict[tuple[int, Path | None], int] = {}
+    num_lines: dict[tuple[int, Path | None], int] = {}  # of each file, in the units done
     for unit in iterate_units(sources):
         at = (unit.source, unit.path)
-        for item in read_unit(unit, json_keys):
-            line_of[at] = line_of.get(at, 0) + 1
-            if isinstance(item, Problem):
-                if item.is_binary:
-                    continue
-                where = f"{item.path}, line {line_of[at]}" if item.line else str(item.path)
-                raise ValueError(f"{where}: {item.reason}; mend it or leave it out")
-            yield from item or ()
+        before = num_lines.get(at, 0)
+        for number, item in enumerate(read_unit(unit, json_keys), start=1):
+            num_lines[at] = before + number
+            if not isinstance(item, Problem):
+                yield from item or ()
+            elif not item.is_binary:
+                raise ValueError(f"{item.describe(before)}; mend it or leave it out")
         progress.add(unit.num_bytes)
 
 

@@ -13,14 +13,14 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from lclm.config import Config
-from lclm.context.plan.layouts import RowPlan, build_row_plan
+from lclm.context.plan.layouts import build_row_plan
 from lclm.context.plan.rates import RATES_NAME, read_machine
-from lclm.data.stage_rows import Row
+from lclm.data.stage_rows import Row, StageRows
 from lclm.train.context_setup import choose_comm
 from lclm.train.stages import attention_cost, plan_stages, spread_rows
 
 COLORS = ["#3366aa", "#dd7733", "#449966", "#aa4477", "#777777", "#bbaa33", "#55aacc", "#884422"]
-BEFORE, AFTER = "#bbbbbb", "#3366aa"
+MODELS = {"before": "#bbbbbb", "after": "#3366aa"}  # the extension
 GUESS = 1 / 8  # values per field of a recall card, see make_corpus.py
 PROCESSES = 2  # context-parallel ranks that examples/quickstart.sh starts
 
@@ -116,9 +116,8 @@ def draw_stage_borders(axes: Axes, steps: list[dict[str, Any]]) -> None:
         )
 
 
-def choose_rows(config: Config) -> list[Row]:
-    """Rows of the last stage that differ in kind: the fewest, about eight, the most documents."""
-    stage_rows = plan_stages(config)[-1]
+def choose_rows(stage_rows: StageRows) -> list[Row]:
+    """Rows of a stage that differ in kind: the fewest, about eight, the most documents."""
     rows = [stage_rows.row(number) for number in range(min(len(stage_rows), 40))]
     rows.sort(key=lambda row: len(row.doc_lengths))
     few = min(rows, key=lambda row: abs(len(row.doc_lengths) - 8))
@@ -126,20 +125,18 @@ def choose_rows(config: Config) -> list[Row]:
     return list({len(row.doc_lengths): row for row in chosen}.values())
 
 
-def draw_layout(config: Config, path: Path) -> list[tuple[Row, RowPlan]]:
-    """Which rank held which tokens of real rows of the last stage; returns rows and plans."""
+def draw_layout(config: Config, path: Path) -> None:
+    """Which rank held which tokens of real rows of the last stage."""
     rows, layout = plan_stages(config)[-1], config.parallel.cp_layout
     machine = read_machine(Path(config.run.dir) / RATES_NAME)
     cost = attention_cost(config, 4, machine)
     comm = choose_comm(config, cost, [rows.attention_lengths(n) for n in spread_rows(len(rows))])
-    chosen = []
-    for row in choose_rows(config):
-        plan = build_row_plan(layout, row.attention_lengths, PROCESSES, None, cost, comm)
-        chosen.append((row, plan))
+    chosen = choose_rows(rows)
     figure, panels = plt.subplots(
         len(chosen), 1, figsize=(11, 1.5 * len(chosen) + 0.6), squeeze=False
     )
-    for axes, (row, plan) in zip(panels[:, 0], chosen):
+    for axes, row in zip(panels[:, 0], chosen):
+        plan = build_row_plan(layout, row.attention_lengths, PROCESSES, None, cost, comm)
         start = 0
         for number, length in enumerate(row.doc_lengths.tolist()):
             axes.barh(
@@ -172,13 +169,12 @@ def draw_layout(config: Config, path: Path) -> list[tuple[Row, RowPlan]]:
         axes.grid(visible=False)
     panels[-1, 0].set_xlabel("token of the row")
     save(figure, path)
-    return chosen
 
 
 def draw_context(evaluation: dict[str, Any], path: Path) -> None:
     """Loss on the same target tokens over the length of the text given."""
     figure, axes = plt.subplots(figsize=(5.4, 3.8))
-    for name, color in (("before", BEFORE), ("after", AFTER)):
+    for name, color in MODELS.items():
         context = evaluation[name]["context"]
         lengths = [int(length) for length in context["loss"]]
         errors = [0.0] + [2 * gain["standard_error"] for gain in context["gain"].values()]
@@ -204,7 +200,7 @@ def draw_recall(evaluation: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(5.4, 3.8))
     lengths = list(evaluation["after"]["recall"])
     places = np.arange(len(lengths))
-    for shift, (name, color) in zip((-0.2, 0.2), (("before", BEFORE), ("after", AFTER))):
+    for shift, (name, color) in zip((-0.2, 0.2), MODELS.items()):
         counts = [evaluation[name]["recall"][length] for length in lengths]
         shares = np.array([count["right"] / count["asked"] for count in counts])
         bounds = np.array([wilson(count["right"], count["asked"]) for count in counts])

@@ -13,6 +13,7 @@ from typing import Any
 
 from figures import (
     GUESS,
+    MODELS,
     draw_context,
     draw_layout,
     draw_loss,
@@ -64,7 +65,7 @@ def describe_context(evaluation: dict[str, Any]) -> list[str]:
     longest = str(evaluation["lengths"][-1])
     shortest = str(evaluation["lengths"][0])
     sentences = []
-    for name in ("before", "after"):
+    for name in MODELS:
         context = evaluation[name]["context"]
         gain = context["gain"][longest]
         value, error = gain["mean"], 2 * gain["standard_error"]
@@ -79,7 +80,7 @@ def describe_context(evaluation: dict[str, Any]) -> list[str]:
             f"tokens of text {verdict} (+-{error:.3f}, two standard errors over "
             f"{context['num_windows']} windows)."
         )
-    saved = [evaluation[name]["context"]["loss"][longest] for name in ("before", "after")]
+    saved = [evaluation[name]["context"]["loss"][longest] for name in MODELS]
     sentences.append(
         f"At {int(longest):,} tokens the loss is {saved[0]:.2f} before and {saved[1]:.2f} after."
     )
@@ -89,7 +90,7 @@ def describe_context(evaluation: dict[str, Any]) -> list[str]:
 def describe_recall(evaluation: dict[str, Any]) -> list[str]:
     """At which lengths recall works before and after, in sentences."""
     sentences = []
-    for name in ("before", "after"):
+    for name in MODELS:
         recall = evaluation[name]["recall"]
         places: dict[str, list[str]] = {
             f"is better than a guess ({GUESS:.1%})": [],
@@ -152,9 +153,6 @@ def numbers_table(evaluation: dict[str, Any]) -> str:
         shares = [f"{count['right']} of {count['asked']}" for count in counts]
         rows.append([f"recall at {int(length):,} tokens", *shares])
     return table(["", "before", "after"], rows)
-
-
-MODELS = ("before", "after")
 
 
 def sample(evaluation: dict[str, Any], name: str) -> str:

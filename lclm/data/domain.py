@@ -67,13 +67,9 @@ class Domain:
         self.name = str(self.reader.metadata.get("domain") or prefix.rsplit("/", 1)[-1])
         lengths_hash = hashlib.sha256(np.ascontiguousarray(self.reader.lengths).data).hexdigest()
         self.key = (seed, lengths_hash)
-        num_held_out = round(held_out_fraction * num_docs)
-        if held_out_fraction > 0 and num_docs >= 2:
-            num_held_out = min(max(num_held_out, 1), num_docs - 1)
-        else:
-            num_held_out = 0
-        self.num_held_out = num_held_out
-        self.num_docs = num_docs - num_held_out  # trained on in one epoch
+        wanted = max(round(held_out_fraction * num_docs), 1) if held_out_fraction > 0 else 0
+        self.num_held_out = min(wanted, num_docs - 1)
+        self.num_docs = num_docs - self.num_held_out  # trained on in one epoch
 
     @functools.cached_property
     def held_out_docs(self) -> np.ndarray:

@@ -72,18 +72,13 @@ def are_starts(pointers: np.ndarray, lengths: np.ndarray, itemsize: int) -> bool
     return True
 
 
-def _starts(lengths: np.ndarray) -> np.ndarray:
-    """int64 [N]: sum of the lengths before each."""
-    starts = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, dtype=np.int64, out=starts[1:])
-    return starts[:-1]
-
-
 def documents_of(
     path: Path, lengths: np.ndarray, borders: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Lengths int32 and first tokens int64 of the documents that have tokens."""
-    token_borders = np.append(_starts(lengths), lengths.sum(dtype=np.int64))[borders]
+    ends = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, dtype=np.int64, out=ends[1:])
+    token_borders = ends[borders]
     document_lengths = np.diff(token_borders)
     if len(document_lengths) and document_lengths.max() > MAX_DOCUMENT:
         raise ValueError(

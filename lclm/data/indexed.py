@@ -30,6 +30,8 @@ from lclm.files import replace_files
 _ENDINGS = (".bin", ".json", ".idx")  # .idx is renamed last: with it the files are complete
 COPY_BYTES = 1 << 24
 
+Document = tuple[np.ndarray, np.ndarray | None]  # tokens, numbers of their weights as targets
+
 
 def dtype_for_vocab(vocab_size: int) -> np.dtype:
     """Megatron's rule: uint16 when vocab_size < 65500, else int32."""
@@ -102,6 +104,15 @@ class IndexedReader:
         """Whether tokens count as targets by weights of their own (`read_weights`)."""
         return bool(self.weight_values)
 
+    def check_dtype(self) -> None:
+        """Raise ValueError unless the tokens are stored as metadata["vocab_size"] asks."""
+        vocab_size = self.metadata["vocab_size"]
+        if dtype_for_vocab(int(vocab_size)) != self.dtype:
+            raise ValueError(
+                f"{self.prefix}: holds {self.dtype}, a vocabulary of {vocab_size} asks for "
+                f"{dtype_for_vocab(int(vocab_size))}; write it again"
+            )
+
     def read_weight_numbers(self, doc: int, offset: int, length: int) -> np.ndarray:
         """uint8 [length], number of each token's weight in `weight_values`; see `read`."""
         assert self._weights is not None, "has_weights says whether there are any"
@@ -112,7 +123,7 @@ class IndexedReader:
         """float32 [length]: weight of each of these tokens as a target; see `read`."""
         return self._weight_table[self.read_weight_numbers(doc, offset, length)]
 
-    def documents(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    def documents(self) -> Iterator[Document]:
         """Tokens of every document, and the numbers of their weights where there are any."""
         for number, length in enumerate(self.lengths.tolist()):
             weights = self.read_weight_numbers(number, 0, length) if self.has_weights else None
@@ -199,9 +210,6 @@ class IndexedWriter:
         self._lengths = array("i")  # of every document, 0 for one without tokens
         self._weight_values = list(weight_values)
         self._endings = (".bin", ".weights", ".json", ".idx") if weight_values else _ENDINGS
-        self._open = ExitStack()
-        self._temporary: dict[str, Path] = {}  # by ending
-        self._bin: BinaryIO | None = None
         self._weights: BinaryIO | None = None
 
     def __enter__(self) -> "IndexedWriter":
@@ -209,7 +217,7 @@ class IndexedWriter:
         with ExitStack() as stack:
             files = replace_files(*(Path(self.prefix + ending) for ending in self._endings))
             self._temporary = dict(zip(self._endings, stack.enter_context(files)))
-            self._bin = stack.enter_context(self._temporary[".bin"].open("wb"))
+            self._bin: BinaryIO = stack.enter_context(self._temporary[".bin"].open("wb"))
             if self._weight_values:
                 self._weights = stack.enter_context(self._temporary[".weights"].open("wb"))
             self._open = stack.pop_all()
@@ -250,7 +258,7 @@ class IndexedWriter:
             )
         if self._weights is not None:
             self._weights.write(self._checked_weights(weights, len(tokens)))
-        self._file().write(tokens.astype(self.dtype).tobytes())
+        self._bin.write(tokens.astype(self.dtype).tobytes())
         self._lengths.append(len(tokens))
 
     def _checked_weights(self, weights: np.ndarray | None, num_tokens: int) -> bytes:
@@ -281,13 +289,9 @@ class IndexedWriter:
             block = source.read(min(num_bytes, COPY_BYTES))
             if not block:
                 raise ValueError(f"{self.prefix}: a shard ended {num_bytes} bytes too early")
-            self._file().write(block)
+            self._bin.write(block)
             num_bytes -= len(block)
         self._lengths.frombytes(lengths.astype(np.int32).tobytes())
-
-    def _file(self) -> BinaryIO:
-        assert self._bin is not None, "IndexedWriter is used inside a with statement"
-        return self._bin
 
 
 def adopt_tokens(

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from lclm.data.indexed import Document
 from lclm.files import import_optional
 
 _VALUE_TYPES = {
@@ -65,7 +66,7 @@ class MdsReader:
         self.has_weights = self.is_chat = "mask" in columns
         self.weight_values = (0.0, 1.0) if self.has_weights else ()
 
-    def documents(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    def documents(self) -> Iterator[Document]:
         """Every document: each span of `indices`, or each sample where there are none.
 
         Yields:
@@ -91,13 +92,12 @@ class MdsReader:
 
     def _open(self, shard: dict[str, Any]) -> tuple[np.ndarray, Path]:
         """uint8: the shard, decompressed; mapped where it is plain."""
-        raw = self.folder / shard["raw_data"]["basename"]
+        path = self.folder / shard["raw_data"]["basename"]
         size = int(shard["raw_data"]["bytes"])
-        path = raw
-        if raw.is_file():
-            data = np.memmap(raw, np.uint8, "r").view(np.ndarray)
+        if path.is_file():
+            data = np.memmap(path, np.uint8, "r").view(np.ndarray)
         else:
-            packed = shard.get("zip_data") or {"basename": raw.name}
+            packed = shard.get("zip_data") or {"basename": path.name}
             path = self.folder / packed["basename"]
             if not path.is_file():
                 raise ValueError(f"{path}: no such file, but index.json lists it; fetch it again")
@@ -165,9 +165,7 @@ def _decode_array(raw: bytes, encoding: str) -> np.ndarray:
     return np.frombuffer(raw, dtype, offset=at).reshape(shape)
 
 
-def _documents(
-    sample: dict[str, Any], where: str
-) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+def _documents(sample: dict[str, Any], where: str) -> Iterator[Document]:
     tokens, mask = sample["input_ids"], sample.get("mask")
     spans = sample.get("indices")
     if tokens.ndim != 1 or (mask is not None and mask.shape != tokens.shape):

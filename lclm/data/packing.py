@@ -63,7 +63,6 @@ def build_concat_rows(
     """
     lengths = domain.train_lengths
     epoch_tokens = int(lengths.sum(dtype=np.int64))
-    place = cursor.ordinal % domain.num_docs
     epoch = cursor.ordinal // domain.num_docs
     docs = domain.stream(cursor.ordinal, (epoch + 1) * domain.num_docs)
     first_tokens = int(domain.reader.lengths[docs].sum(dtype=np.int64)) - cursor.offset
@@ -79,9 +78,9 @@ def build_concat_rows(
     docs = _append_epochs(domain, docs, epoch + 1, epoch + 1 + more_epochs)
     packed = pack_concat(domain.reader.lengths[docs], cursor.offset, row_length, num_rows)
     assert packed is not None, "the token count above promised enough documents"
-    first_piece = packed.place[packed.row_start[:-1]]
+    first_place = packed.place[packed.row_start[:-1]].astype(np.int64)
     rows = PackedRows(packed.row_start, docs[packed.place], packed.offset, packed.length)
-    epochs = epoch + (place + first_piece.astype(np.int64)) // domain.num_docs
+    epochs = (cursor.ordinal + first_place) // domain.num_docs
     next_cursor = Cursor(cursor.ordinal + packed.next_place, packed.next_offset)
     return DomainRows([rows], [epochs], next_cursor)
 

@@ -10,8 +10,6 @@ wait and map the same pages.
 
 import hashlib
 import json
-import logging
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,6 @@ import numpy as np
 from lclm.files import make_once, replace_folder
 
 FACTS = "facts.json"
-logger = logging.getLogger(__name__)
 
 Packing = tuple[Mapping[str, np.ndarray], dict[str, Any]]  # arrays by name, facts for JSON
 
@@ -46,7 +43,6 @@ def load_or_make(folder: Path | None, key: str, make: Callable[[], Packing]) -> 
         return make()
     target = folder / key
     make_once(target, lambda: _write(target, *make()))
-    start = time.perf_counter()
     try:
         facts = json.loads((target / FACTS).read_text(encoding="utf-8"))
         arrays = {
@@ -54,7 +50,6 @@ def load_or_make(folder: Path | None, key: str, make: Callable[[], Packing]) -> 
         }
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{target}: is damaged ({error}); delete it to pack again") from error
-    logger.debug("rows: packing %s mapped in %.3f s", key, time.perf_counter() - start)
     return arrays, facts["facts"]
 
 

@@ -62,48 +62,57 @@ def _attention_lengths(doc_lengths: np.ndarray, document_mask: bool) -> np.ndarr
     return doc_lengths if document_mask else doc_lengths.sum(keepdims=True)
 
 
-def _read_row(
-    domain: Domain,
-    rows: PackedRows,
-    number: int,
-    seq_length: int,
-    vocab_size: int | None,
-    document_mask: bool,
-) -> Row:
-    first, last = rows.row_start[number : number + 2].tolist()
-    doc_lengths = rows.length[first:last].astype(np.int64)
-    docs, offsets = rows.doc[first:last].tolist(), rows.offset[first:last].tolist()
-    tokens = np.full(seq_length, PADDING_TOKEN, np.int64)
-    num_tokens = int(doc_lengths.sum())
-    weights: np.ndarray | None = None
-    if domain.reader.has_weights or num_tokens < seq_length:
-        weights = np.ones(seq_length, np.float32)
-        weights[num_tokens:] = 0
-    at = 0
-    for doc, offset, length in zip(docs, offsets, doc_lengths.tolist()):
-        piece = domain.reader.read(doc, offset, length)
-        if vocab_size is not None and not 0 <= piece.min() <= piece.max() < vocab_size:
-            raise ValueError(
-                f"{domain.reader.prefix}.bin: tokens [{offset}, {offset + length}) of document "
-                f"{doc} hold ids from {piece.min()} to {piece.max()}, the model's vocabulary has "
-                f"{vocab_size}; the file is damaged or of another tokenizer: check it with "
-                "tools/inspect_data.py --verify"
-            )
-        tokens[at : at + length] = piece
-        if weights is not None and domain.reader.has_weights:
-            weights[at : at + length] = domain.reader.read_weights(doc, offset, length)
-        at += length
-    lengths = _padded_lengths(doc_lengths, seq_length)
-    return Row(tokens, lengths, domain.name, weights, document_mask)
-
-
 def _padded_lengths(lengths: np.ndarray, seq_length: int) -> np.ndarray:
     """int64: the pieces' lengths, and that of the padding where there is any."""
     room = seq_length - int(lengths.sum(dtype=np.int64))
     return np.append(lengths, room).astype(np.int64) if room else lengths.astype(np.int64)
 
 
-class StageRows:
+class _Rows:
+    """What the rows of a stage and those of its validation share."""
+
+    num_rows: int
+
+    def __init__(self, seq_length: int, vocab_size: int | None, document_mask: bool) -> None:
+        self.seq_length = seq_length
+        self._vocab_size, self._document_mask = vocab_size, document_mask
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def _check(self, number: int) -> None:
+        if not 0 <= number < self.num_rows:
+            raise IndexError(f"row {number} of {self.num_rows} rows")
+
+    def _read(self, domain: Domain, rows: PackedRows, number: int) -> Row:
+        first, last = rows.row_start[number : number + 2].tolist()
+        doc_lengths = rows.length[first:last].astype(np.int64)
+        docs, offsets = rows.doc[first:last].tolist(), rows.offset[first:last].tolist()
+        tokens = np.full(self.seq_length, PADDING_TOKEN, np.int64)
+        num_tokens = int(doc_lengths.sum())
+        weights: np.ndarray | None = None
+        if domain.reader.has_weights or num_tokens < self.seq_length:
+            weights = np.ones(self.seq_length, np.float32)
+            weights[num_tokens:] = 0
+        vocab_size, at = self._vocab_size, 0
+        for doc, offset, length in zip(docs, offsets, doc_lengths.tolist()):
+            piece = domain.reader.read(doc, offset, length)
+            if vocab_size is not None and not 0 <= piece.min() <= piece.max() < vocab_size:
+                raise ValueError(
+                    f"{domain.reader.prefix}.bin: tokens [{offset}, {offset + length}) of document "
+                    f"{doc} hold ids from {piece.min()} to {piece.max()}, the model's vocabulary "
+                    f"has {vocab_size}; the file is damaged or of another tokenizer: check it with "
+                    "tools/inspect_data.py --verify"
+                )
+            tokens[at : at + length] = piece
+            if weights is not None and domain.reader.has_weights:
+                weights[at : at + length] = domain.reader.read_weights(doc, offset, length)
+            at += length
+        lengths = _padded_lengths(doc_lengths, self.seq_length)
+        return Row(tokens, lengths, domain.name, weights, self._document_mask)
+
+
+class StageRows(_Rows):
     """All rows of one stage.
 
     Attributes:
@@ -119,7 +128,7 @@ class StageRows:
         num_rows: int,
         seed: int,
         stage_index: int = 0,
-        cursors: Mapping[str, Cursor | Sequence[int]] | None = None,
+        cursors: Mapping[str, Cursor] | None = None,
         held_out_fraction: float = 0.0,
         max_epochs: int = 1,
         cache_dir: Path | None = None,
@@ -134,8 +143,7 @@ class StageRows:
             num_rows: rows of the whole stage.
             seed: of the run.
             stage_index: number of the stage in the run.
-            cursors: `next_cursors` of the stage before, {} for the first; pairs (ordinal, offset)
-                as they come from JSON will do.
+            cursors: `next_cursors` of the stage before; None for the first.
             held_out_fraction: of each domain's documents, never trained on.
             max_epochs: passes over one domain allowed, all stages together.
             cache_dir: folder where packings are kept (see `packing_cache`); None: none are.
@@ -151,9 +159,8 @@ class StageRows:
             raise ValueError(
                 f"{where}: {num_rows} rows of {seq_length} tokens; both must be at least 1"
             )
-        self.seq_length = seq_length
+        super().__init__(seq_length, vocab_size, document_mask)
         self.num_rows = num_rows
-        self._vocab_size, self._document_mask = vocab_size, document_mask
         self._entries = list(entries)
         self._piece_lengths = check_mixture(where, self._entries, seq_length)
         self._domains = {
@@ -161,7 +168,7 @@ class StageRows:
             for prefix in dict.fromkeys(entry.prefix for entry in self._entries)
         }
         check_same_tokenizer([domain.reader for domain in self._domains.values()])
-        self.next_cursors = {key: Cursor(*at) for key, at in (cursors or {}).items()}
+        self.next_cursors = dict(cursors or {})
         self._first_cursors = {p: self.next_cursors.get(p, Cursor()) for p in self._domains}
         inputs: list[object] = [PACKING_VERSION, seq_length, num_rows]
         inputs += [seed, stage_index, max_epochs]
@@ -218,9 +225,6 @@ class StageRows:
         lengths = [self._piece_lengths[n] for n in mine]
         return build_exact_rows(*request, lengths, needs, max_epochs, where)
 
-    def __len__(self) -> int:
-        return self.num_rows
-
     @property
     def domain_names(self) -> dict[str, str]:
         """Prefix -> the name that this domain's rows carry."""
@@ -234,13 +238,10 @@ class StageRows:
             ValueError: it holds ids outside the vocabulary.
             OSError: it cannot be read, even after retries.
         """
-        if not 0 <= number < self.num_rows:
-            raise IndexError(f"row {number} of a stage of {self.num_rows} rows")
+        self._check(number)
         entry = int(self._entry_of_row[number])
         domain = self._domains[self._entries[entry].prefix]
-        row_in_entry = int(self._row_in_entry[number])
-        settings = (self.seq_length, self._vocab_size, self._document_mask)
-        return _read_row(domain, self._rows[entry], row_in_entry, *settings)
+        return self._read(domain, self._rows[entry], int(self._row_in_entry[number]))
 
     def attention_lengths(self, number: int) -> np.ndarray:
         """int64, `attention_lengths` of row `number` without reading its tokens."""
@@ -288,7 +289,7 @@ class StageRows:
         return "\n".join(lines)
 
 
-class HeldOutRows:
+class HeldOutRows(_Rows):
     """Validation rows of one domain: its held-out documents one after another, cut at row ends.
 
     Attributes:
@@ -312,7 +313,7 @@ class HeldOutRows:
             ValueError: no documents are held out, or num_rows is less than 1.
         """
         self._domain = Domain(prefix, seed, held_out_fraction)
-        self._vocab_size, self._document_mask = vocab_size, document_mask
+        super().__init__(seq_length, vocab_size, document_mask)
         docs = self._domain.held_out_docs
         if len(docs) == 0 or num_rows < 1:
             raise ValueError(
@@ -322,7 +323,6 @@ class HeldOutRows:
             )
         lengths = self._domain.reader.lengths[docs]
         num_tokens = int(lengths.sum(dtype=np.int64))
-        self.seq_length = seq_length
         self.num_rows = min(num_rows, max(1, num_tokens // seq_length))
         repeats = -(-self.num_rows * seq_length // num_tokens)
         packed = pack_concat(np.tile(lengths, repeats), 0, seq_length, self.num_rows)
@@ -330,15 +330,10 @@ class HeldOutRows:
         doc = np.tile(docs, repeats)[packed.place]
         self._rows = PackedRows(packed.row_start, doc, packed.offset, packed.length)
 
-    def __len__(self) -> int:
-        return self.num_rows
-
     def row(self, number: int) -> Row:
         """Row `number`, 0 <= number < num_rows; raises as `StageRows.row`."""
-        if not 0 <= number < self.num_rows:
-            raise IndexError(f"row {number} of {self.num_rows} validation rows")
-        settings = (self.seq_length, self._vocab_size, self._document_mask)
-        return _read_row(self._domain, self._rows, number, *settings)
+        self._check(number)
+        return self._read(self._domain, self._rows, number)
 
 
 def check_same_tokenizer(readers: Sequence[IndexedReader]) -> None:
@@ -347,14 +342,11 @@ def check_same_tokenizer(readers: Sequence[IndexedReader]) -> None:
     Raises:
         ValueError: two prefixes were written with different tokenizers.
     """
-    first: tuple[str, str] | None = None
-    for reader in readers:
-        digest = reader.metadata.get("tokenizer", {}).get("sha256")
-        if digest is None:
-            continue
-        if first is not None and digest != first[1]:
+    known = [(item.prefix, item.metadata.get("tokenizer", {}).get("sha256")) for item in readers]
+    known = [(prefix, digest) for prefix, digest in known if digest is not None]
+    for prefix, digest in known[1:]:
+        if digest != known[0][1]:
             raise ValueError(
-                f"mixture: {first[0]} and {reader.prefix} were written with different tokenizers "
-                f"(sha256 {first[1][:12]} and {digest[:12]}); write both with the same one"
+                f"mixture: {known[0][0]} and {prefix} were written with different tokenizers "
+                f"(sha256 {known[0][1][:12]} and {digest[:12]}); write both with the same one"
             )
-        first = first or (reader.prefix, digest)

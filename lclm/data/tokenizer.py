@@ -103,6 +103,21 @@ class Tokenizer(ABC):
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens written out where the library can."""
 
+    def end_tokens(self, prepend_bos: bool, append_eod: bool) -> list[tuple[int, ...]]:
+        """Ids put before and behind every document; ValueError where one asked for has no name."""
+        ends: list[tuple[int, ...]] = []
+        for is_wanted, token, name in (
+            (prepend_bos, self.bos_id, "beginning-of-text token (bos_token)"),
+            (append_eod, self.eod_id, "end-of-document token (eos_token)"),
+        ):
+            if is_wanted and token is None:
+                raise ValueError(
+                    f"tokenizer {self.path}: names no {name}; name it in tokenizer_config.json "
+                    "beside the tokenizer, or leave the option out"
+                )
+            ends.append((token,) if is_wanted and token is not None else ())
+        return ends
+
     def special_id(self, name: str) -> int | None:
         """Id of a special token; None where there is none of this name."""
         return self.special_names.get(name)
@@ -171,8 +186,8 @@ class _HuggingFace(Tokenizer):
             if "model" not in tree:
                 raise ValueError("it has no 'model'")
             self._tokenizer = _open_hf(text)
-            unspellable = without_spellable_specials(tree)
-            self._encoder = self._tokenizer if unspellable is None else _open_hf(unspellable)
+            plain = without_spellable_specials(tree)
+            self._encoder = self._tokenizer if plain is tree else _open_hf(json.dumps(plain))
         except Exception as error:  # the library raises bare Exception for a bad file
             raise ValueError(
                 f"tokenizer {main}: starts like JSON but is not a Hugging Face tokenizer.json: "
@@ -205,12 +220,12 @@ def _open_hf(text: str) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def without_spellable_specials(tree: dict[str, Any]) -> str | None:
+def without_spellable_specials(tree: dict[str, Any]) -> dict[str, Any]:
     """The tokenizer with special tokens renamed where its model could produce them from text.
 
     Tokens looked up by name can be switched off, but a special token may also stand in the model's
     own vocabulary, where merges, or a whole word, or a Unigram path can reach it. There it gets a
-    name that no text spells, under the same id. None: the model holds no special token.
+    name that no text spells, under the same id.
     """
     model = tree["model"]
     special = {token["content"] for token in tree.get("added_tokens") or [] if token["special"]}
@@ -218,7 +233,7 @@ def without_spellable_specials(tree: dict[str, Any]) -> str | None:
     pieces = set(vocab if isinstance(vocab, dict) else (piece for piece, _ in vocab))
     names = {name: f"\x00{hashlib.sha256(name.encode()).hexdigest()}" for name in special & pieces}
     if not names:
-        return None
+        return tree
     if isinstance(vocab, dict):
         new_vocab: Any = {names.get(piece, piece): number for piece, number in vocab.items()}
     else:
@@ -234,7 +249,7 @@ def without_spellable_specials(tree: dict[str, Any]) -> str | None:
         token | {"content": names.get(token["content"], token["content"])}
         for token in tree["added_tokens"]
     ]
-    return json.dumps(tree | {"model": new_model, "added_tokens": added, "post_processor": None})
+    return tree | {"model": new_model, "added_tokens": added, "post_processor": None}
 
 
 def _named_id(folder: Path, field: str, common: tuple[str, ...], ids: dict[str, int]) -> int | None:

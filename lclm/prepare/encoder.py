@@ -12,6 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from lclm.prepare.gigatoken import choose_library
 from lclm.prepare.pool import encode_in_pool
 from lclm.prepare.progress import Progress
 from lclm.prepare.ray import encode_on_ray
-from lclm.prepare.readers import BLOCK_BYTES, PARQUET, Problem, Source, Unit, iterate_units
+from lclm.prepare.readers import BLOCK_BYTES, Problem, Source, Unit, iterate_units
 from lclm.prepare.resume import EncodeSummary, State, Unfinished
 from lclm.prepare.worker import Encoded, EncodeOptions, Worker, WorkerState
 
@@ -31,6 +32,23 @@ NUM_NAMED = 5  # problems named in full
 SAMPLE_UNITS = 4  # of which documents are taken to compare tokenizer libraries
 SAMPLE_TEXTS = 8  # of each
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What `encode_sources` was called with."""
+
+    sources: Sequence[Source]
+    tokenizer: Tokenizer
+    options: EncodeOptions
+    block_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(source.num_bytes for source in self.sources)
+
+    def units(self, block_bytes: int) -> Iterator[Unit]:
+        return iterate_units(self.sources, block_bytes, self.options.shard)
 
 
 def encode_sources(
@@ -62,6 +80,7 @@ def encode_sources(
         concurrent.futures.process.BrokenProcessPool: a worker died.
     """
     check_options(tokenizer, options)
+    job = _Job(sources, tokenizer, options, block_bytes)
     keys = options.json_keys
     prefixes = [output_prefix] if len(keys) == 1 else [f"{output_prefix}_{key}" for key in keys]
     described = _describe_options(options, group_by)
@@ -74,13 +93,9 @@ def encode_sources(
         documents=[0] * len(sources),
     )
     with Unfinished(f"{output_prefix}.unfinished", new) as work:
-        if work.was_discarded:
-            logger.warning("%s: held work on other inputs or options; started anew", work.folder)
-        if work.has_resumed:
-            logger.info("%s: going on after %d units", work.folder, work.state.units)
         try:
-            _encode_rest(sources, tokenizer, options, work, block_bytes)
-            _check_result(sources, options, work.state)
+            _encode_rest(job, work)
+            _check_result(job, work.state)
             work.state.is_complete = True
             work.save()
             for number, prefix in enumerate(prefixes):
@@ -88,7 +103,10 @@ def encode_sources(
                     "format": 1,
                     "domain": domain or Path(prefix).name,
                     "tokenizer": tokenizer.describe(),
-                    "sources": _describe_sources(sources, work.state.documents),
+                    "sources": [
+                        {"path": str(source.path), "bytes": source.num_bytes, "documents": count}
+                        for source, count in zip(sources, work.state.documents)
+                    ],
                     "options": {"json_key": keys[number]} | described,
                     "skipped": work.state.num_skipped,
                     "binary_files": work.state.num_binary,
@@ -118,15 +136,6 @@ def _hash_inputs(
     return digest.hexdigest()
 
 
-def _describe_sources(
-    sources: Sequence[Source], documents: list[int]
-) -> list[dict[str, str | int]]:
-    return [
-        {"path": str(source.path), "bytes": source.num_bytes, "documents": count}
-        for source, count in zip(sources, documents)
-    ]
-
-
 def _describe_options(options: EncodeOptions, group_by: str | None) -> dict[str, object]:
     """Whatever changes the output; the number of workers and the library do not."""
     described: dict[str, object] = {
@@ -144,15 +153,7 @@ def _describe_options(options: EncodeOptions, group_by: str | None) -> dict[str,
 
 def check_options(tokenizer: Tokenizer, options: EncodeOptions) -> None:
     """Refuse options that cannot be met; ValueError says which and why."""
-    for is_wanted, token, name in (
-        (options.append_eod, tokenizer.eod_id, "end-of-document token (eos_token)"),
-        (options.prepend_bos, tokenizer.bos_id, "beginning-of-text token (bos_token)"),
-    ):
-        if is_wanted and token is None:
-            raise ValueError(
-                f"tokenizer {tokenizer.path}: names no {name}; name it in tokenizer_config.json "
-                "beside the tokenizer, or leave the option out"
-            )
+    tokenizer.end_tokens(options.prepend_bos, options.append_eod)
     if len(set(options.json_keys)) != len(options.json_keys) or not options.json_keys:
         raise ValueError(f"--json-keys {options.json_keys}: give at least one key, each once")
     if options.num_workers < 1:
@@ -165,36 +166,30 @@ def check_options(tokenizer: Tokenizer, options: EncodeOptions) -> None:
         )
 
 
-def _check_result(sources: Sequence[Source], options: EncodeOptions, state: State) -> None:
-    if state.num_tokens == 0 and options.shard[1] == 1:
+def _check_result(job: _Job, state: State) -> None:
+    if state.num_tokens == 0 and job.options.shard[1] == 1:
         raise ValueError(
-            f"input {', '.join(str(source.path) for source in sources)}: gives no tokens "
+            f"input {', '.join(str(source.path) for source in job.sources)}: gives no tokens "
             f"({state.num_empty} empty documents, {state.num_skipped} lines or files skipped, "
             f"{state.num_binary} files that are not text, {state.num_short + state.num_long} "
             "documents shorter or longer than asked for); nothing was written"
         )
 
 
-def _encode_rest(
-    sources: Sequence[Source],
-    tokenizer: Tokenizer,
-    options: EncodeOptions,
-    work: Unfinished,
-    block_bytes: int,
-) -> None:
+def _encode_rest(job: _Job, work: Unfinished) -> None:
     """Encode the units that are not done, and note each in input order."""
     state = work.state
     if state.is_complete:
         return
-    total_bytes = sum(source.num_bytes for source in sources) // options.shard[1]
+    total_bytes = job.total_bytes // job.options.shard[1]
     label = Path(work.folder).stem
     with Progress(label, total_bytes, state.bytes_read) as progress:
-        for unit, done in _encode_units(sources, tokenizer, options, work, block_bytes):
+        for unit, done in _encode_units(job, work):
             work.add(done)
             at = [str(unit.source), str(unit.path)]
             state.lines = state.lines if state.file == at else 0
             state.file = at
-            _note_problems(state, done.problems, options.on_error)
+            _note_problems(state, done.problems, job.options.on_error)
             state.lines += done.num_lines
             num_documents = int(np.count_nonzero(done.lengths[0]))
             state.documents[unit.source] += num_documents
@@ -210,45 +205,32 @@ def _encode_rest(
             progress.add(unit.num_bytes, note)
 
 
-def _encode_units(
-    sources: Sequence[Source],
-    tokenizer: Tokenizer,
-    options: EncodeOptions,
-    work: Unfinished,
-    block_bytes: int,
-) -> Iterator[tuple[Unit, Encoded]]:
+def _encode_units(job: _Job, work: Unfinished) -> Iterator[tuple[Unit, Encoded]]:
     """The units that are not done, in input order; by worker processes when several help."""
-    units = iterate_units(sources, block_bytes, options.shard)
-    rest = itertools.islice(units, work.state.units, None)
+    rest = itertools.islice(job.units(job.block_bytes), work.state.units, None)
     first = next(rest, None)
     if first is None:
         return
     left = itertools.chain([first], rest)
-    most_units = -(-sum(source.num_bytes for source in sources) // block_bytes)
-    num_workers = min(options.num_workers, max(1, most_units))
-    state = _worker_state(sources, tokenizer, options, work.folder, block_bytes)
-    if options.engine == "ray":
+    most_units = -(-job.total_bytes // job.block_bytes)
+    num_workers = min(job.options.num_workers, max(1, most_units))
+    state = _worker_state(job, work.folder)
+    if job.options.engine == "ray":
         yield from encode_on_ray(left, state)
         return
     if num_workers > 1:
         yield from encode_in_pool(left, state, num_workers, work)
         return
-    os.environ["RAYON_NUM_THREADS"] = "1"
     worker = Worker(state)
     for unit in left:
         yield unit, worker.encode(unit)
 
 
-def _worker_state(
-    sources: Sequence[Source],
-    tokenizer: Tokenizer,
-    options: EncodeOptions,
-    folder: str,
-    block_bytes: int,
-) -> WorkerState:
+def _worker_state(job: _Job, folder: str) -> WorkerState:
     """Choose the tokenizer library on a sample of the input and leave what workers load."""
     samples: list[str] = []
-    units = iterate_units(sources, min(block_bytes, BLOCK_BYTES), options.shard)
+    tokenizer, options = job.tokenizer, job.options
+    units = job.units(min(job.block_bytes, BLOCK_BYTES))
     if options.library != "standard":
         for unit in itertools.islice(units, SAMPLE_UNITS):
             texts = (item for item in read_unit(unit, options.json_keys) if type(item) is tuple)
@@ -258,22 +240,15 @@ def _worker_state(
     if plain_json is not None:
         plain_json_file = os.path.join(folder, "gigatoken.json")
         Path(plain_json_file).write_text(plain_json, encoding="utf-8")
-    return WorkerState(
-        str(tokenizer.path),
-        tokenizer.vocab_size,
-        tokenizer.eod_id,
-        tokenizer.bos_id,
-        plain_json_file,
-        options,
-    )
+    before, after = tokenizer.end_tokens(options.prepend_bos, options.append_eod)
+    path, vocab_size = str(tokenizer.path), tokenizer.vocab_size
+    return WorkerState(path, vocab_size, before, after, plain_json_file, options)
 
 
 def _note_problems(state: State, problems: Sequence[Problem], on_error: str) -> None:
     """Count what gave no document; raise for the first that may not be skipped."""
     for problem in problems:
-        word = "row" if problem.path.name.lower().endswith(PARQUET) else "line"
-        where = f"{problem.path}, {word} {state.lines + problem.line}"
-        text = f"{where if problem.line else problem.path}: {problem.reason}"
+        text = problem.describe(state.lines)
         if problem.is_binary:
             state.num_binary += 1
         elif on_error == "stop":

@@ -27,7 +27,6 @@ from lclm.data.tokenizer import (
 )
 
 Library = Literal["auto", "gigatoken", "standard"]
-Text = str | bytes  # bytes: its UTF-8
 
 SAMPLE_CHARS = 1 << 16  # of one text of the input; the ordinary libraries do some MB a second
 PROBES = (
@@ -64,9 +63,7 @@ def make_plain_json(tokenizer: Tokenizer) -> str:
         module = importlib.import_module("gigatoken._load.sentencepiece")
         text = module.sentencepiece_to_tokenizer_json(main.read_bytes())
         text = text if isinstance(text, str) else text.decode("utf-8")
-    tree = json.loads(text)
-    renamed = without_spellable_specials(tree)
-    tree = tree if renamed is None else json.loads(renamed)
+    tree = without_spellable_specials(json.loads(text))
     added = [token for token in tree.get("added_tokens") or [] if not token["special"]]
     return json.dumps(tree | {"added_tokens": added, "post_processor": None})
 
@@ -114,40 +111,30 @@ class Encoder:
             self._tokenizer = load_tokenizer(self._tokenizer)
         return self._tokenizer
 
-    def encode(self, texts: Sequence[Text]) -> Iterable[np.ndarray]:
+    def encode(self, texts: Sequence[str]) -> Iterable[np.ndarray]:
         """Ids of each text, uint32."""
         if self._fast is None:
-            for ids in self._standard().encode_batch([_decoded(text) for text in texts]):
+            for ids in self._standard().encode_batch(list(texts)):
                 yield np.array(ids, np.uint32)
             return
         for text in texts:
             if _has_long_white_space(text):  # cut there by the ordinary library only
-                yield np.array(self._standard().encode(_decoded(text)), np.uint32)
+                yield np.array(self._standard().encode(text), np.uint32)
             else:
                 yield self._fast.encode(text)
 
 
-def _decoded(text: Text) -> str:
-    return text if isinstance(text, str) else text.decode("utf-8")
-
-
-def _has_long_white_space(text: Text) -> bool:
+def _has_long_white_space(text: str) -> bool:
     """Whether MAX_WHITE_SPACE characters in a row are white space.
 
     Such a run covers a whole block of half its length, so most texts cost a look at the start of
     each block.
     """
     block = MAX_WHITE_SPACE // 2
-
-    def is_space(start: int, size: int) -> bool:
-        piece = text[start : start + size]
-        # characters cut at either end do not count
-        return (piece if isinstance(piece, str) else piece.decode("utf-8", "ignore")).isspace()
-
     starts = range(0, len(text) - block + 1, block)
-    if not any(is_space(start, 8) and is_space(start, block) for start in starts):
+    if not any(text[at : at + 8].isspace() and text[at : at + block].isspace() for at in starts):
         return False
-    return re.search(rf"\s{{{MAX_WHITE_SPACE}}}", _decoded(text)) is not None
+    return re.search(rf"\s{{{MAX_WHITE_SPACE}}}", text) is not None
 
 
 def load_gigatoken(plain_json: str) -> Any:
@@ -155,9 +142,7 @@ def load_gigatoken(plain_json: str) -> Any:
     try:
         module = importlib.import_module("gigatoken.gigatoken_rs")
         return module.load_hf_json(plain_json)
-    except ImportError:
-        raise
-    except (KeyboardInterrupt, SystemExit):
+    except (ImportError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic is no Exception
         raise ValueError(f"gigatoken cannot load it: {error}") from error
@@ -203,10 +188,9 @@ def choose_library(tokenizer: Tokenizer, wish: Library, samples: Sequence[str]) 
 
 def _first_difference(tokenizer: Tokenizer, plain_json: str, samples: Sequence[str]) -> str:
     """Where gigatoken's ids differ, in words; empty when they are equal everywhere."""
-    names = re.findall(r"<[^<>\s]{1,40}>", " ".join(LLAMA3_NAMED.values()))
-    ids_of_special = {tokenizer.eod_id, tokenizer.bos_id} - {None}
-    special = {tokenizer.decode([token]) for token in ids_of_special if token is not None}
-    spelled = [f"a {name}b{name} c" for name in (*names, *sorted(special))]
+    ends = {tokenizer.eod_id, tokenizer.bos_id}
+    special = sorted(tokenizer.decode([token]) for token in ends if token is not None)
+    spelled = [f"a {name}b{name} c" for name in (*LLAMA3_NAMED.values(), *special)]
     texts = [*PROBES, *spelled, *(sample[:SAMPLE_CHARS] for sample in samples)]
     found = Encoder(tokenizer, plain_json).encode(texts)
     for text, ids, expected in zip(texts, found, tokenizer.encode_batch(texts)):

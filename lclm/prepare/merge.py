@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lclm.data.indexed import IndexedReader, IndexedWriter, dtype_for_vocab, read_all_lengths
+from lclm.data.indexed import IndexedReader, IndexedWriter, read_all_lengths
 
 
 def merge_prefixes(prefixes: Sequence[str], output_prefix: str, domain: str = "") -> int:
@@ -65,11 +65,7 @@ def _check_alike(readers: Sequence[IndexedReader]) -> None:
                 f"{reader.prefix}: has weights of targets; only prefixes without can be joined: "
                 "name both in the mixture instead"
             )
-        if dtype_for_vocab(int(reader.metadata["vocab_size"])) != reader.dtype:
-            raise ValueError(
-                f"{reader.prefix}: holds {reader.dtype}, its vocab_size asks for "
-                f"{dtype_for_vocab(int(reader.metadata['vocab_size']))}; write it again"
-            )
+        reader.check_dtype()
         digests = [item.metadata.get("tokenizer", {}).get("sha256") for item in (first, reader)]
         if digests[0] != digests[1]:
             raise ValueError(

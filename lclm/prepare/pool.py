@@ -98,9 +98,6 @@ def _start_worker(state: WorkerState, places: Places) -> None:
     global _worker, _places
     # Ctrl-C reaches every process; the first one ends the others, who finish the unit they are at
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # one process per core is the parallelism; threads inside each would only compete
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ["RAYON_NUM_THREADS"] = "1"
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     _worker, _places = Worker(state), places
 

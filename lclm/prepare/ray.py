@@ -88,13 +88,7 @@ def _encode(shared: tuple[WorkerState, str], unit: Unit) -> Encoded:
                 "output must lie on a file system that all nodes share, under the same paths"
             )
     os.chdir(folder)
-    return _start_worker(state).encode(unit)
+    return _worker(state).encode(unit)
 
 
-@functools.lru_cache(1)
-def _start_worker(state: WorkerState) -> Worker:
-    """The worker of this process."""
-    # one task per core is the parallelism; threads inside each would only compete
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ["RAYON_NUM_THREADS"] = "1"
-    return Worker(state)
+_worker = functools.lru_cache(1)(Worker)  # of this process

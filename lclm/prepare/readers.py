@@ -57,6 +57,13 @@ class Problem:
     reason: str
     is_binary: bool = False  # a file of a folder that is not text: counted, never an error
 
+    def describe(self, lines_before: int) -> str:
+        """Where it is and what is wrong, lines_before being those of the file before the unit."""
+        if not self.line:
+            return f"{self.path}: {self.reason}"
+        word = "row" if self.path.name.lower().endswith(PARQUET) else "line"
+        return f"{self.path}, {word} {lines_before + self.line}: {self.reason}"
+
 
 def find_sources(inputs: Sequence[Path], group_by: GroupBy | None = None) -> list[Source]:
     """Find the files behind the inputs.
@@ -73,22 +80,14 @@ def find_sources(inputs: Sequence[Path], group_by: GroupBy | None = None) -> lis
     """
     sources = []
     for path in inputs:
-        if path.is_dir():
-            sources.append(_folder(path, group_by))
-        elif not path.is_file():
+        if not path.exists():
             raise ValueError(f"input {path}: no such file or folder; check the path")
-        else:
-            is_lines = _plain_name(path).endswith((*JSON_LINES, ".json", PARQUET))
-            if not is_lines:
-                _refuse_unread(path)
-            lines, documents = ((path,), ()) if is_lines else ((), ((path,),))
-            sources.append(Source(path, lines, documents, path.stat().st_size, False))
-    for source in sources:
+        source = _folder(path, group_by) if path.is_dir() else _file(path)
         if source.num_bytes == 0:
             raise ValueError(
-                f"input {source.path}: is empty or holds no file to read; leave it out or check "
-                "the path"
+                f"input {path}: is empty or holds no file to read; leave it out or check the path"
             )
+        sources.append(source)
     return sources
 
 
@@ -98,12 +97,16 @@ def _plain_name(path: Path) -> str:
     return name.removesuffix(".gz").removesuffix(".zst")
 
 
-def _refuse_unread(path: Path) -> None:
+def _file(path: Path) -> Source:
+    size = path.stat().st_size
+    if _plain_name(path).endswith((*JSON_LINES, ".json", PARQUET)):
+        return Source(path, (path,), (), size, False)
     if path.name.lower().endswith(UNREAD):
         raise ValueError(
             f"input {path}: files ending in {path.suffix} are not read (only .jsonl.gz and "
             ".jsonl.zst are decompressed here); convert it to .jsonl, .jsonl.gz or text first"
         )
+    return Source(path, (), ((path,),), size, False)
 
 
 def _folder(root: Path, group_by: GroupBy | None) -> Source:
@@ -174,16 +177,13 @@ def iterate_units(
 
 
 def _cut_documents(number: int, source: Source, block_bytes: int) -> Iterator[Unit]:
-    batch: list[tuple[Path, ...]] = []
-    size = 0
-    for document in source.documents:
-        batch.append(document)
+    first = size = 0
+    for end, document in enumerate(source.documents, start=1):
         size += sum(path.stat().st_size for path in document)
-        if size >= block_bytes:
-            yield Unit(number, size, documents=tuple(batch), is_folder=source.is_folder)
-            batch, size = [], 0
-    if batch:
-        yield Unit(number, size, documents=tuple(batch), is_folder=source.is_folder)
+        if size >= block_bytes or end == len(source.documents):
+            batch = source.documents[first:end]
+            yield Unit(number, size, documents=batch, is_folder=source.is_folder)
+            first, size = end, 0
 
 
 def _cut_lines(number: int, path: Path, block_bytes: int) -> Iterator[Unit]:
@@ -267,9 +267,8 @@ class _ZstdFrames(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fill the buffer; 0 at the end. OSError for damaged input."""
-        unread = b""
         while not self._ready:
-            chunk = unread or self._raw.read(1 << 18)
+            chunk = self._raw.read(1 << 18)
             if not chunk:
                 if self._frame is not None:
                     raise EOFError("the last frame is cut short")
@@ -280,12 +279,9 @@ class _ZstdFrames(io.RawIOBase):
                 self._ready = self._frame.decompress(chunk)
             except self._zstandard.ZstdError as error:
                 raise OSError(str(error)) from error
-            unread = b""
-            if self._frame.eof:
-                unread, self._frame = self._frame.unused_data, None
-                if unread and self._ready:  # the next call goes on behind this frame
-                    self._raw.seek(-len(unread), io.SEEK_CUR)
-                    unread = b""
+            if self._frame.eof:  # go on behind this frame
+                self._raw.seek(-len(self._frame.unused_data), io.SEEK_CUR)
+                self._frame = None
         taken = self._ready[: len(buffer)]
         buffer[: len(taken)] = taken
         self._ready = self._ready[len(taken) :]

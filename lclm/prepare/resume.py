@@ -9,6 +9,7 @@ was killed; the next run cuts it off.
 """
 
 import json
+import logging
 import os
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,8 @@ import numpy as np
 
 from lclm.files import lock_file, replace_files
 from lclm.prepare.worker import Encoded
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -55,15 +58,12 @@ class Unfinished:
 
     Attributes:
         state: of this work; what an earlier run left, or new.
-        has_resumed: whether an earlier run's work goes on.
-        was_discarded: whether an earlier run's work was of other inputs and is gone.
     """
 
     def __init__(self, folder: str, new: State) -> None:
         """Prepare it; `new` is the state of work that has not begun."""
         self.folder = folder
         self.state = new
-        self.has_resumed = self.was_discarded = False
 
     def __enter__(self) -> "Unfinished":
         """Take the folder.
@@ -79,15 +79,20 @@ class Unfinished:
                 f"{self.folder}: another process is writing this prefix; wait for it, or give "
                 "another --output-prefix"
             ) from error
+        has_resumed = False
         earlier = Path(self._path("state.json"))
         if earlier.is_file():
             state = State(**json.loads(earlier.read_text(encoding="utf-8")))
-            self.has_resumed = state.inputs == self.state.inputs and self._holds(state)
-            self.was_discarded = not self.has_resumed
-            if self.has_resumed:
+            has_resumed = state.inputs == self.state.inputs and self._holds(state)
+            if has_resumed:
                 self.state = state
+                logger.info("%s: going on after %d units", self.folder, state.units)
+            else:
+                logger.warning(
+                    "%s: held work on other inputs or options; started anew", self.folder
+                )
         for path in Path(self.folder).iterdir():
-            is_held = self.has_resumed and path.name.startswith(("tokens-", "lengths-"))
+            is_held = has_resumed and path.name.startswith(("tokens-", "lengths-"))
             if path.name != "lock" and not is_held:
                 path.unlink()
         for name, size in self._sizes(self.state).items():

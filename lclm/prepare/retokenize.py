@@ -6,15 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from lclm.data.indexed import IndexedReader, IndexedWriter
+from lclm.data.indexed import Document, IndexedReader, IndexedWriter
 from lclm.data.mds import MdsReader
 from lclm.data.tokenizer import Tokenizer
-from lclm.prepare.gigatoken import Encoder, Library, choose_library
+from lclm.prepare.gigatoken import Encoder, choose_library
 
 BATCH_DOCS = 256
 SAMPLE_DOCS = 16
-
-Document = tuple[np.ndarray, np.ndarray | None]  # tokens, numbers of weights
 
 
 def retokenize(
@@ -25,7 +23,6 @@ def retokenize(
     append_eod: bool = False,
     prepend_bos: bool = False,
     domain: str = "",
-    library: Library = "auto",
 ) -> tuple[int, int]:
     """Write the documents of `source` as `<output_prefix>.bin/.idx/.json`.
 
@@ -38,7 +35,6 @@ def retokenize(
             a replacement character there.
         append_eod, prepend_bos: end or start every document with the special token of `new`.
         domain: name for the `.json`; empty: the last part of the prefix.
-        library: as for `choose_library`.
 
     Returns:
         Documents and tokens written.
@@ -60,10 +56,8 @@ def retokenize(
     with IndexedWriter(output_prefix, target.vocab_size, reader.weight_values) as writer:
         documents = reader.documents()
         if new is not None:
-            ends = [new.bos_id if prepend_bos else None, new.eod_id if append_eod else None]
-            if (prepend_bos and ends[0] is None) or (append_eod and ends[1] is None):
-                raise ValueError(f"tokenizer {new.path}: names no such special token")
-            documents = _encode(documents, old, new, ends, library)
+            ends = new.end_tokens(prepend_bos, append_eod)
+            documents = _encode(documents, old, new, ends)
         for tokens, weights in documents:
             writer.add_document(tokens, weights)
             num_documents += 1
@@ -97,13 +91,12 @@ def _encode(
     documents: Iterator[Document],
     old: Tokenizer,
     new: Tokenizer,
-    ends: list[int | None],
-    library: Library,
+    ends: list[tuple[int, ...]],
 ) -> Iterator[Document]:
-    before, after = (np.array([] if end is None else [end], np.uint32) for end in ends)
+    before, after = (np.array(end, np.uint32) for end in ends)
     texts = (_decode(tokens, old) for tokens, _ in documents)
     sample = list(itertools.islice(texts, SAMPLE_DOCS))
-    encoder = Encoder(new, choose_library(new, library, sample))
+    encoder = Encoder(new, choose_library(new, "auto", sample))
     every = itertools.chain(sample, texts)
     while batch := list(itertools.islice(every, BATCH_DOCS)):
         for ids in encoder.encode(batch):

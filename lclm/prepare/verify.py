@@ -1,29 +1,21 @@
 """Whether the files of a prefix are what their index and description say."""
 
 import hashlib
-from dataclasses import dataclass
 
 import numpy as np
 
-from lclm.data.indexed import IndexedReader, dtype_for_vocab, length_histogram
+from lclm.data.indexed import IndexedReader, length_histogram
 
 BLOCK_TOKENS = 1 << 22
 
 
-@dataclass(frozen=True)
-class Verified:
-    """What was read."""
-
-    num_documents: int
-    num_tokens: int
-    max_id: int
-    sha256: str  # of the .bin
-
-
-def verify_prefix(prefix: str) -> Verified:
+def verify_prefix(prefix: str) -> tuple[int, str]:
     """Read every token of a prefix.
 
     Opening it checks sizes, offsets and borders; here ids, counts, histogram and dtype follow.
+
+    Returns:
+        The largest id and the SHA-256 of the .bin.
 
     Raises:
         ValueError: an id lies outside the vocabulary, or `<prefix>.json` describes other files.
@@ -60,9 +52,6 @@ def verify_prefix(prefix: str) -> Verified:
                 f"{prefix}.json: {name} is {metadata[name]}, the files have {value}; they do not "
                 "belong together: write the prefix again"
             )
-    if vocab_size is not None and dtype_for_vocab(int(vocab_size)) != reader.dtype:
-        raise ValueError(
-            f"{prefix}: holds {reader.dtype}, a vocabulary of {vocab_size} asks for "
-            f"{dtype_for_vocab(int(vocab_size))}; write it again"
-        )
-    return Verified(len(reader), at, max_id, digest.hexdigest())
+    if vocab_size is not None:
+        reader.check_dtype()
+    return max_id, digest.hexdigest()

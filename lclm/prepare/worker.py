@@ -1,5 +1,6 @@
 """One unit of input to tokens: what a worker process of `encode` does."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,12 +10,11 @@ import numpy as np
 
 from lclm.data.indexed import dtype_for_vocab
 from lclm.prepare.documents import read_unit
-from lclm.prepare.gigatoken import Encoder, Library, Text
+from lclm.prepare.gigatoken import Encoder, Library
 from lclm.prepare.readers import Problem, Unit
 
 BATCH_CHARS = 1 << 18  # characters handed to the tokenizer at once, unless one text is longer
 BATCH_TEXTS = 1024
-FIRST_ROOM = 1 << 20  # tokens
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class WorkerState:
 
     tokenizer_path: str
     vocab_size: int
-    eod_id: int | None
-    bos_id: int | None
+    before: tuple[int, ...]  # ids put before and behind every document
+    after: tuple[int, ...]
     plain_json_file: str  # for gigatoken; empty: the ordinary library
     options: EncodeOptions
 
@@ -62,33 +62,40 @@ class Worker:
     """Encodes units; one per process."""
 
     def __init__(self, state: WorkerState) -> None:
+        # one process per core is the parallelism; threads inside each would only compete
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        os.environ["RAYON_NUM_THREADS"] = "1"
         self._options = options = state.options
         self._dtype = dtype_for_vocab(state.vocab_size)
         plain = state.plain_json_file
         plain_json = Path(plain).read_text(encoding="utf-8") if plain else None
         self._encoder = Encoder(state.tokenizer_path, plain_json)
-        self._before = [state.bos_id] if options.prepend_bos else []
-        self._after = [state.eod_id] if options.append_eod else []
+        self._before, self._after = np.array(state.before, int), np.array(state.after, int)
         self.num_keys = len(options.json_keys)
         # tokens of a unit; kept from unit to unit, because fresh memory costs more than writing it
-        self._rooms = [np.empty(FIRST_ROOM, self._dtype) for _ in options.json_keys]
+        self._rooms = [np.empty(0, self._dtype) for _ in options.json_keys]
 
     def encode(self, unit: Unit) -> Encoded:
         """The tokens of a unit."""
         done = Encoded([], [], [])
         lengths: list[list[int]] = [[] for _ in self._rooms]
-        ends = [0] * self.num_keys
+        pieces: list[list[np.ndarray]] = [[] for _ in self._rooms]
         for batch in self._batches(unit, done):
             for key in range(self.num_keys):
                 texts = [texts[key] for texts in batch]
-                ends[key] = self._encode_texts(texts, key, ends[key], lengths[key], done)
-        done.tokens = [room[:end] for room, end in zip(self._rooms, ends)]
+                self._encode_texts(texts, pieces[key], lengths[key], done)
+        for key, size in enumerate(map(sum, lengths)):
+            if size > len(self._rooms[key]):
+                self._rooms[key] = np.empty(2 * size, self._dtype)
+            done.tokens.append(self._rooms[key][:size])
+            if size:
+                np.concatenate(pieces[key], out=done.tokens[key], casting="unsafe")
         done.lengths = [np.array(item, np.int32) for item in lengths]
         done.num_bytes = [tokens.nbytes for tokens in done.tokens]
         return done
 
-    def _batches(self, unit: Unit, done: Encoded) -> Iterator[list[tuple[Text, ...]]]:
-        batch: list[tuple[Text, ...]] = []
+    def _batches(self, unit: Unit, done: Encoded) -> Iterator[list[tuple[str, ...]]]:
+        batch: list[tuple[str, ...]] = []
         num_chars = 0
         for item in read_unit(unit, self._options.json_keys):
             done.num_lines += 1
@@ -106,13 +113,11 @@ class Worker:
             yield batch
 
     def _encode_texts(
-        self, texts: Sequence[Text], key: int, end: int, lengths: list[int], done: Encoded
-    ) -> int:
-        """Put the tokens of the texts that are kept behind those there; the new end."""
+        self, texts: Sequence[str], pieces: list[np.ndarray], lengths: list[int], done: Encoded
+    ) -> None:
+        """Append the tokens of the texts that are kept, and how many each has."""
         low, high = self._options.min_tokens, self._options.max_tokens
         before, after = self._before, self._after
-        start, stop = len(before), len(before) + len(after)
-        room = self._rooms[key]
         for ids in self._encoder.encode(texts):
             size = len(ids)
             if size < low:
@@ -123,14 +128,5 @@ class Worker:
                 # Megatron's rule: a document without tokens gets no end-of-document either
                 lengths.append(0)
             else:
-                whole = size + stop
-                if end + whole > len(room):
-                    room = np.empty(max(end + whole, 2 * len(room)), self._dtype)
-                    room[:end] = self._rooms[key][:end]
-                    self._rooms[key] = room
-                room[end : end + start] = before
-                room[end + start : end + start + size] = ids
-                room[end + start + size : end + whole] = after
-                lengths.append(whole)
-                end += whole
-        return end
+                pieces += (before, ids, after)
+                lengths.append(len(before) + size + len(after))

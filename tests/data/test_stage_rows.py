@@ -1,7 +1,6 @@
 """Rows of a stage: what they hold, in which order, what they leave for the next stage."""
 
 import hashlib
-import json
 import time
 
 import numpy as np
@@ -175,14 +174,11 @@ def test_stages_continue_where_the_one_before_stopped(write_prefix, packing):
         assert together.next_cursors == second.next_cursors
 
 
-def test_cursors_survive_json_and_other_prefixes_keep_theirs(write_prefix):
+def test_prefixes_that_a_stage_does_not_use_keep_their_cursors(write_prefix):
     prefix = write_prefix("a", LENGTHS)
     entries = [mixture_entry(prefix, "concat", 0, 1.0)]
     first = build(entries, 32, 5, cursors={"elsewhere": Cursor(7, 3)})
-    restored = json.loads(json.dumps(first.next_cursors))
-    second = build(entries, 32, 5, stage_index=1, cursors=restored)
-    direct = build(entries, 32, 5, stage_index=1, cursors=first.next_cursors)
-    assert digest_of(second) == digest_of(direct)
+    second = build(entries, 32, 5, stage_index=1, cursors=first.next_cursors)
     assert second.next_cursors["elsewhere"] == Cursor(7, 3)
 
 
@@ -242,7 +238,7 @@ def test_domain_name_comes_from_the_metadata(write_prefix):
 def test_rows_outside_the_stage(write_prefix):
     stage = build([mixture_entry(write_prefix("a", [40]), "concat", 0, 1.0)], 8, 2)
     for number in (-1, 2):
-        with pytest.raises(IndexError, match="of a stage of 2 rows"):
+        with pytest.raises(IndexError, match="of 2 rows"):
             stage.row(number)
 
 

@@ -135,11 +135,11 @@ def test_work_on_other_input_is_not_used(tmp_path, tokenizer_files, monkeypatch,
 
 
 def test_two_runs_of_one_prefix_at_once_are_refused(tmp_path, tokenizer_files):
-    from lclm.prepare.resume import Unfinished
+    from lclm.prepare.resume import State, Unfinished
 
     write_lines(tmp_path / "a.jsonl", 5)
     with (
-        Unfinished(str(tmp_path / "x"), "", 1, 1),
+        Unfinished(str(tmp_path / "x.unfinished"), State()),
         pytest.raises(ValueError, match="another process is writing this prefix"),
     ):
         encode([tmp_path / "a.jsonl"], tokenizer_files["hf"], tmp_path / "x")
