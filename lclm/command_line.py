@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from lclm.log import setup_logging
 
@@ -17,6 +18,16 @@ def make_parser(description: str | None, details: str) -> argparse.ArgumentParse
         description=description,
         epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_output(parser: argparse.ArgumentParser, metavar: str) -> None:
+    """Add `--output` and `--overwrite` of a tool that writes a folder."""
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar=metavar, help="folder to write"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an output folder that is not empty"
     )
 
 

@@ -87,6 +87,10 @@ class ModelConfig(Section):
         """Head size H."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
+    def recorded_fields(self) -> dict[str, Any]:
+        """The fields that a checkpoint records: all but `init_from`."""
+        return self.model_dump(exclude={"init_from"})
+
     def num_parameters(self) -> int:
         """Parameters of the whole model."""
         qkv = (self.num_attention_heads + 2 * self.num_kv_heads) * self.head_size
@@ -286,6 +290,11 @@ class Config(Section):
     metrics: MetricsConfig = MetricsConfig()
 
     @property
+    def prefixes(self) -> list[str]:
+        """Every prefix of the run's data once, in order of first use."""
+        return list(dict.fromkeys(e.prefix for stage in self.stage for e in stage.mixture))
+
+    @property
     def num_steps(self) -> int:
         """Optimizer steps over all stages, before `train.max_steps`."""
         return sum(stage.num_steps for stage in self.stage)
@@ -381,8 +390,8 @@ def check_world(config: Config, world_size: int) -> int:
     return dp
 
 
-def _check_model(config: Config) -> None:
-    model, parallel = config.model, config.parallel
+def check_heads(model: ModelConfig) -> None:
+    """Check that the heads divide as they must. Raises `ConfigError`."""
     if model.num_attention_heads % model.num_kv_heads:
         raise ConfigError(
             f"model: num_kv_heads({model.num_kv_heads}) must divide "
@@ -393,6 +402,11 @@ def _check_model(config: Config) -> None:
             f"model: num_attention_heads({model.num_attention_heads}) must divide "
             f"hidden_size({model.hidden_size}), or set model.head_dim"
         )
+
+
+def _check_model(config: Config) -> None:
+    model, parallel = config.model, config.parallel
+    check_heads(model)
     if model.head_size % 2:
         raise ConfigError(f"model: head size {model.head_size} must be even; set model.head_dim")
     for name in ("num_attention_heads", "num_kv_heads", "ffn_hidden_size", "vocab_size"):

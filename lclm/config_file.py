@@ -4,6 +4,7 @@ An unknown field is an error that suggests the nearest name.
 """
 
 import difflib
+import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from error
+        raise ConfigError(f"config: {explain(error, Config)}") from error
     check_config(config)
     return config
 
@@ -82,9 +83,9 @@ def _read_value(text: str) -> Any:
         return text
 
 
-def _section_fields(location: Sequence[int | str]) -> list[str]:
+def _section_fields(root: type[BaseModel], location: Sequence[int | str]) -> list[str]:
     """Names of the fields that exist where `location` points."""
-    section: type[BaseModel] = Config
+    section = root
     for part in location:
         if isinstance(part, int):
             continue
@@ -94,21 +95,24 @@ def _section_fields(location: Sequence[int | str]) -> list[str]:
     return list(section.model_fields)
 
 
-def _explain(error: ValidationError) -> str:
-    """One line per problem: the dotted field, the value, the rule."""
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """What is wrong with fields of `root`: of each problem the dotted field, the value, the rule.
+
+    An unknown field comes with the nearest name that is known.
+    """
     lines = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            known = _section_fields(item["loc"][:-1])
+            known = _section_fields(root, item["loc"][:-1])
             near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
             hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
             lines.append(f"{where}: unknown field; {hint}")
         elif item["type"] == "missing":
-            lines.append(f"{where}: missing; set it in the file or with {where}=...")
+            lines.append(f"{where}: missing; set it")
         else:
             lines.append(f"{where} = {item['input']!r}: {item['msg']}")
-    return "config: " + "; ".join(lines)
+    return "; ".join(lines)
 
 
 def dump_toml(config: Config) -> str:
@@ -133,11 +137,8 @@ def _toml_fields(section: dict[str, Any]) -> list[str]:
 def _toml_value(value: Any) -> str:
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{k} = {_toml_value(v)}" for k, v in value.items()) + " }"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
+    if isinstance(value, bool | str):
+        return json.dumps(value, ensure_ascii=False)  # written alike in TOML
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     return repr(value)

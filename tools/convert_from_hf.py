@@ -5,7 +5,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lclm.command_line import make_parser, run_tool
+from lclm.command_line import add_output, make_parser, run_tool
 from lclm.hf.convert import convert_from_hf
 
 EPILOG = """\
@@ -31,12 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder with config.json and *.safetensors",
     )
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="CKPT_DIR", help="folder to write"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace an output folder that is not empty"
-    )
+    add_output(parser, "CKPT_DIR")
     return parser
 
 

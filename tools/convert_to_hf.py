@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-from lclm.command_line import make_parser, run_tool
+from lclm.command_line import add_output, make_parser, run_tool
 from lclm.hf.convert import DEFAULT_SHARD_BYTES, EXPORT_DTYPES, convert_to_hf
 
 EPILOG = """\
@@ -45,9 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="CKPT_DIR",
         help="one step's folder, or a folder with `latest`",
     )
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="HF_DIR", help="folder to write"
-    )
+    add_output(parser, "HF_DIR")
     parser.add_argument(
         "--dtype",
         choices=tuple(EXPORT_DTYPES),
@@ -66,9 +64,6 @@ def build_parser() -> argparse.ArgumentParser:
         default=DEFAULT_SHARD_BYTES,
         metavar="SIZE",
         help="largest weight file (default: 5GB)",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace an output folder that is not empty"
     )
     return parser
 

@@ -3,18 +3,18 @@
     CKPT_DIR/latest               name of the newest step folder, one line
     CKPT_DIR/step_00000012/       torch_dist files, `lclm.json`, and perhaps `tokenizer/`
 
-Standard library only, so that any tool can look at a checkpoint without torch.
+No torch here, so that any tool can look at a checkpoint.
 """
-
-from __future__ import annotations  # the types of fields are compared as text
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lclm.config_file import explain
 from lclm.files import replace_folder, replace_text
 
 INFO_NAME = "lclm.json"
@@ -22,44 +22,35 @@ LATEST_NAME = "latest"
 TOKENIZER_FOLDER = "tokenizer"
 MODEL_PREFIX = "model."  # of the weights' keys
 FORMAT_VERSION = 1
-DTYPES = ("float32", "bfloat16")
-
-# What JSON must hold for each annotation of CheckpointInfo (a whole number may stand for a float).
-_JSON_TYPES: dict[str, tuple[type, ...]] = {
-    "int": (int,),
-    "float": (int, float),
-    "str": (str,),
-    "bool": (bool,),
-    "dict[str, Any]": (dict,),
-}
 
 
 class CheckpointError(ValueError):
     """A folder that cannot be used as asked. The message names path, value, rule and remedy."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CheckpointInfo:
+class CheckpointInfo(BaseModel):
     """What `lclm.json` says about one step folder."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     format: int
     """Version of this file's fields: 1."""
-    step: int
+    step: int = Field(ge=0)
     """Optimizer steps done over all stages."""
-    stage: int
+    stage: int = Field(ge=0)
     """Number of the stage that this checkpoint is in, from 0."""
-    stage_step: int
+    stage_step: int = Field(ge=0)
     """Optimizer steps done in that stage."""
-    tokens: int
+    tokens: int = Field(ge=0)
     """Input tokens seen over all stages."""
     model: dict[str, Any]
     """The fields of `[model]` without `init_from`."""
-    rope_base: float
+    rope_base: float = Field(ge=1)
     """Base of the rotary frequencies in use."""
-    seq_length: int
+    seq_length: int = Field(ge=1)
     """Tokens of a row; the exported model's longest context."""
-    dtype: str
-    """`float32` or `bfloat16`: type of the weights."""
+    dtype: str = Field(pattern="^(float32|bfloat16)$")
+    """Type of the weights."""
     has_optimizer: bool
     """Whether optimizer state lies beside the weights."""
     ledger: dict[str, Any]
@@ -67,48 +58,10 @@ class CheckpointInfo:
     versions: dict[str, Any]
     """Versions of the libraries that wrote the checkpoint."""
 
-    @classmethod
-    def from_json(cls, tree: Any, where: str) -> CheckpointInfo:
-        """Check a decoded `lclm.json`; `where` names the file in messages.
 
-        Raises:
-            CheckpointError: for a missing, unknown or ill-typed field, or another format.
-        """
-        if not isinstance(tree, dict):
-            raise CheckpointError(f"{where}: must hold one JSON object, not {type(tree).__name__}")
-        if tree.get("format") != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{where}: format = {tree.get('format')!r}, but this version reads format "
-                f"{FORMAT_VERSION}; use the version of lclm that wrote the checkpoint"
-            )
-        known = {field.name: str(field.type) for field in fields(cls)}
-        missing = sorted(known.keys() - tree.keys())
-        unknown = sorted(tree.keys() - known.keys())
-        if missing or unknown:
-            raise CheckpointError(
-                f"{where}: missing fields {missing}, unknown fields {unknown}; the file must hold "
-                f"exactly {sorted(known)}; write the checkpoint again"
-            )
-        for name, annotation in known.items():
-            _check_type(where, name, tree[name], annotation)
-        for name in ("step", "stage", "stage_step", "tokens"):
-            if tree[name] < 0:
-                raise CheckpointError(f"{where}: {name} = {tree[name]} must not be negative")
-        for name, least in (("seq_length", 1), ("rope_base", 1.0)):
-            if not tree[name] >= least:
-                raise CheckpointError(f"{where}: {name} = {tree[name]} must be at least {least}")
-        if tree["dtype"] not in DTYPES:
-            raise CheckpointError(f"{where}: dtype = {tree['dtype']!r} must be one of {DTYPES}")
-        return cls(**{**tree, "rope_base": float(tree["rope_base"])})
-
-
-def _check_type(where: str, name: str, value: Any, annotation: str) -> None:
-    allowed = _JSON_TYPES[annotation]
-    is_right = isinstance(value, allowed) and (annotation == "bool" or not isinstance(value, bool))
-    if not is_right:
-        raise CheckpointError(
-            f"{where}: {name} = {value!r} is {type(value).__name__}, must be {annotation}"
-        )
+def dtype_name(dtype: object) -> str:
+    """`float32` or `bfloat16`, as `lclm.json` and `config.json` write a torch type."""
+    return str(dtype).removeprefix("torch.")
 
 
 def step_folder_name(step: int) -> str:
@@ -155,25 +108,22 @@ def read_info(step_folder: str | Path) -> CheckpointInfo:
         CheckpointError: if it is absent, not JSON, or does not follow the format.
     """
     path = Path(step_folder) / INFO_NAME
+    tree = read_json(path)
+    if tree.get("format") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format = {tree.get('format')!r}, but this version reads format "
+            f"{FORMAT_VERSION}; use the version of lclm that wrote the checkpoint"
+        )
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"checkpoint {step_folder}: {INFO_NAME} is absent; give a complete step folder"
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path}: is not JSON: {error}; write the checkpoint again"
-        ) from error
-    return CheckpointInfo.from_json(tree, str(path))
+        return CheckpointInfo.model_validate(tree)
+    except ValidationError as error:
+        problems = explain(error, CheckpointInfo)
+        raise CheckpointError(f"{path}: {problems}; write the checkpoint again") from error
 
 
 def write_info(step_folder: str | Path, info: CheckpointInfo) -> None:
-    """Write `lclm.json` atomically. Raises CheckpointError where `info` breaks the format."""
-    path = Path(step_folder) / INFO_NAME
-    tree = asdict(info)
-    CheckpointInfo.from_json(tree, str(path))
-    replace_text(path, json.dumps(tree, indent=2) + "\n")
+    """Write `lclm.json` atomically."""
+    replace_text(Path(step_folder) / INFO_NAME, json.dumps(info.model_dump(), indent=2) + "\n")
 
 
 def write_latest(checkpoint_dir: str | Path, step_folder: str) -> None:

@@ -10,7 +10,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
@@ -20,7 +19,6 @@ from lclm.checkpoint.folder import (
     CheckpointError,
     CheckpointInfo,
     read_info,
-    resolve_step_folder,
     step_folder_name,
     write_info,
     write_latest,
@@ -84,13 +82,13 @@ def save(
 
 
 def load(
-    path: str | Path, config_model: dict[str, Any], mesh: Mesh, model: LlamaModel, optimizer: Any
+    folder: Path, config_model: ModelConfig, mesh: Mesh, model: LlamaModel, optimizer: Any
 ) -> CheckpointInfo:
-    """Load weights, and optimizer state if an optimizer is given, from a checkpoint folder.
+    """Load weights, and optimizer state if an optimizer is given, from a step folder.
 
     Args:
-        path: a step folder, or a folder with `latest`.
-        config_model: the fields of `[model]` without `init_from`, to compare.
+        folder: the step folder.
+        config_model: of the configuration, to compare.
         mesh: this process's place.
         model: the (unwrapped) model to fill.
         optimizer: Megatron-core optimizer to fill, or None for weights only.
@@ -99,7 +97,6 @@ def load(
         CheckpointError: if there is no checkpoint, or it is of another architecture, or it has no
             optimizer state where that is wanted.
     """
-    folder = resolve_step_folder(path)
     info = read_info(folder)
     check_architecture(folder, info, config_model)
     metadata = _metadata(mesh)
@@ -114,10 +111,8 @@ def load(
             state["model"], is_loading=True, metadata=metadata
         )
     loaded = dist_checkpointing.load(state, str(folder))
-    prefix = len(MODEL_PREFIX)
-    result = model.load_state_dict(
-        {name[prefix:]: value for name, value in loaded["model"].items()}, strict=False
-    )
+    weights = {name.removeprefix(MODEL_PREFIX): w for name, w in loaded["model"].items()}
+    result = model.load_state_dict(weights, strict=False)
     missing = [name for name in result.missing_keys if not name.endswith(EXTRA_STATE)]
     assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
     if optimizer is not None:
@@ -142,9 +137,9 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
         shutil.copyfile(source, target / source.name)
 
 
-def check_architecture(folder: Path, info: CheckpointInfo, config_model: dict[str, Any]) -> None:
+def check_architecture(folder: Path, info: CheckpointInfo, config_model: ModelConfig) -> None:
     """Refuse a checkpoint whose sizes are not those of the configuration."""
-    there, here = dict(info.model), dict(config_model)
+    there, here = dict(info.model), config_model.recorded_fields()
     for fields in (there, here):
         fields["head_dim"] = ModelConfig.model_validate(fields).head_size
     different = [
@@ -166,8 +161,3 @@ def remove_old(checkpoint_dir: Path, keep: int, protected_steps: set[int]) -> No
         if int(folder.name.removeprefix("step_")) not in protected_steps:
             shutil.rmtree(folder)
             logger.info("removed old checkpoint %s", folder.name)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`float32` or `bfloat16`, as `lclm.json` writes it."""
-    return str(dtype).removeprefix("torch.")

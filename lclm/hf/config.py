@@ -12,7 +12,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from lclm.checkpoint.folder import CheckpointError, read_json
-from lclm.config import ModelConfig, RopeScaling
+from lclm.config import ConfigError, ModelConfig, RopeScaling, check_heads
+from lclm.config_file import explain
 from lclm_kernels.rope import scale_base_ntk
 
 CONFIG_NAME = "config.json"
@@ -84,12 +85,7 @@ def read_hf_config(folder: Path) -> HfModel:
     where = str(folder / CONFIG_NAME)
     config = read_json(folder / CONFIG_NAME)
     _check_architecture(config, where)
-    for name, allowed in _FIXED_FIELDS.items():
-        if name in config and config[name] not in allowed:
-            raise CheckpointError(
-                f"{where}: {name} = {config[name]!r} is not supported, must be {allowed[0]!r}; "
-                "convert another model"
-            )
+    _check_fixed(config, _FIXED_FIELDS, where)
     rope_base, scaling = _read_rope(config, where)
     tree: dict[str, Any] = {"family": config["model_type"], "rope_scaling": scaling}
     for ours, theirs, default in _MODEL_FIELDS:
@@ -116,22 +112,11 @@ def parse_model(tree: Mapping[str, Any], where: str) -> ModelConfig:
     """
     try:
         model = ModelConfig.model_validate(dict(tree))
+        check_heads(model)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(str(part) for part in item['loc'])} = {item['input']!r}: {item['msg']}"
-            for item in error.errors()
-        )
-        raise CheckpointError(f"{where}: model: {problems}") from error
-    heads, kv_heads = model.num_attention_heads, model.num_kv_heads
-    if heads % kv_heads:
-        raise CheckpointError(
-            f"{where}: model: num_kv_heads({kv_heads}) must divide num_attention_heads({heads})"
-        )
-    if not model.head_dim and model.hidden_size % heads:
-        raise CheckpointError(
-            f"{where}: model: num_attention_heads({heads}) must divide "
-            f"hidden_size({model.hidden_size}) where head_dim is not given"
-        )
+        raise CheckpointError(f"{where}: model: {explain(error, ModelConfig)}") from error
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from error
     return model
 
 
@@ -144,6 +129,15 @@ def _check_architecture(config: Mapping[str, Any], where: str) -> None:
             f"{where}: architecture {', '.join(map(str, names))} (model_type {model_type!r}) "
             f"is not supported; convertible: {known}"
         )
+
+
+def _check_fixed(tree: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]], where: str) -> None:
+    for name, allowed in fixed.items():
+        if name in tree and tree[name] not in allowed:
+            raise CheckpointError(
+                f"{where}: {name} = {tree[name]!r} is not supported, must be {allowed[0]!r} or "
+                "absent; convert another model"
+            )
 
 
 def _read_rope(config: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
@@ -174,11 +168,7 @@ def _read_rope(config: Mapping[str, Any], where: str) -> tuple[float, RopeScalin
 
 def _read_scaling(tree: Mapping[str, Any], where: str) -> RopeScaling | None:
     kind = tree.get("rope_type", tree.get("type", "default"))
-    if tree.get("partial_rotary_factor", 1.0) != 1.0:
-        raise CheckpointError(
-            f"{where}: partial_rotary_factor = {tree['partial_rotary_factor']!r} is not supported, "
-            "must be 1.0; convert another model"
-        )
+    _check_fixed(tree, {"partial_rotary_factor": (1.0,)}, where)
     if kind == "default":
         nested = sorted(name for name, value in tree.items() if isinstance(value, dict))
         if nested:
@@ -188,12 +178,7 @@ def _read_scaling(tree: Mapping[str, Any], where: str) -> RopeScaling | None:
             )
         return None
     if kind == "yarn":
-        for name, allowed in _YARN_FIXED_FIELDS.items():
-            if name in tree and tree[name] not in allowed:
-                raise CheckpointError(
-                    f"{where}: {name} = {tree[name]!r} of RoPE scaling 'yarn' is not supported, "
-                    f"must be {allowed[0]!r} or absent; convert another model"
-                )
+        _check_fixed(tree, _YARN_FIXED_FIELDS, f"{where}: RoPE scaling 'yarn'")
         # as in transformers, absent or null means these
         tree = {**tree, **{n: tree.get(n) or d for n, d in _YARN_DEFAULTS.items()}}
     try:
@@ -210,33 +195,20 @@ def _read_scaling(tree: Mapping[str, Any], where: str) -> RopeScaling | None:
     )
 
 
-def _write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    """The older form, without the base."""
-    if scaling is None or scaling.type == "ntk":
-        return None
-    if scaling.type == "linear":
-        # `type`, not `rope_type`: transformers before 4.43 accepts exactly these two fields.
-        return {"type": "linear", "factor": scaling.factor}
-    return {
-        "rope_type": scaling.type,
-        **{theirs: getattr(scaling, ours) for ours, theirs in _SCALING_FIELDS[scaling.type]},
-    }
-
-
 def build_hf_config(
     source: HfModel, dtype: str, bos_token_id: int | None, eos_token_id: int | list[int] | None
 ) -> dict[str, Any]:
     """The content of `config.json`. `dtype`: `float32` or `bfloat16`."""
-    model = source.model
-    rope_base = source.rope_base
-    if model.rope_scaling is not None and model.rope_scaling.type == "ntk":
-        rope_base = scale_base_ntk(rope_base, model.head_size, model.rope_scaling.factor)
-    scaling = _write_scaling(model.rope_scaling)
-    rope_parameters = dict(scaling or {})
-    rope_parameters["rope_type"] = rope_parameters.pop("type", None) or (
-        scaling["rope_type"] if scaling else "default"
-    )
-    rope_parameters["rope_theta"] = rope_base
+    model, rope_base = source.model, source.rope_base
+    scaling, rope = model.rope_scaling, dict[str, Any](rope_type="default")
+    old_form = None
+    if scaling is not None and scaling.type == "ntk":
+        rope_base = scale_base_ntk(rope_base, model.head_size, scaling.factor)
+    elif scaling is not None:
+        fields = {theirs: getattr(scaling, ours) for ours, theirs in _SCALING_FIELDS[scaling.type]}
+        rope = {"rope_type": scaling.type, **fields}
+        # `type`, not `rope_type`: transformers before 4.43 accepts exactly these two fields.
+        old_form = {"type": "linear", **fields} if scaling.type == "linear" else rope
     return {
         "architectures": [ARCHITECTURES[model.family]],
         "model_type": model.family,
@@ -248,9 +220,9 @@ def build_hf_config(
         "attention_dropout": 0.0,
         "mlp_bias": False,
         "max_position_embeddings": source.seq_length,
-        "rope_parameters": rope_parameters,
+        "rope_parameters": {**rope, "rope_theta": rope_base},
         "rope_theta": rope_base,
-        "rope_scaling": scaling,
+        "rope_scaling": old_form,
         # null, not absent: transformers' own default would be 1 and 2
         "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id,

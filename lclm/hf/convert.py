@@ -19,6 +19,7 @@ from lclm.checkpoint.folder import (
     TOKENIZER_FOLDER,
     CheckpointError,
     CheckpointInfo,
+    dtype_name,
     new_folder,
     read_info,
     read_json,
@@ -47,16 +48,12 @@ from lclm.hf.safetensors_folder import (
     check_names_and_shapes,
     write_shards,
 )
-from lclm.hf.torch_dist import StoredTensor, TorchDistReader, write_torch_dist
+from lclm.hf.torch_dist import TorchDistReader, write_torch_dist
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 EXPORT_DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 Report = Callable[[str], None]
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _check_apart(source: Path, output: Path) -> None:
@@ -128,7 +125,7 @@ def convert_to_hf(
         # Mixed types are declared as the widest, so that loading loses nothing.
         widest = max((g[0].dtype for g in groups), key=lambda dtype: dtype.itemsize)
         source = HfModel(model, info.rope_base, info.seq_length)
-        _write_configs(staging, source, _dtype_name(widest))
+        _write_configs(staging, source, dtype_name(widest))
 
 
 def _write_configs(folder: Path, source: HfModel, dtype: str) -> None:
@@ -186,9 +183,8 @@ def convert_from_hf(
     with new_folder(output, overwrite) as staging:
         step_folder = staging / step_folder_name(0)
         step_folder.mkdir()
-        write_torch_dist(
-            step_folder, {entry.ours: StoredTensor(entry.shape, dtype) for entry in table}, load
-        )
+        specs = [TensorSpec(entry.ours, entry.shape, dtype) for entry in table]
+        write_torch_dist(step_folder, specs, load)
         if has_tokenizer(hf_folder):
             copy_tokenizer(hf_folder, step_folder / TOKENIZER_FOLDER)
         else:
@@ -205,10 +201,10 @@ def _import_info(source: HfModel, dtype: torch.dtype) -> CheckpointInfo:
         stage=0,
         stage_step=0,
         tokens=0,
-        model=source.model.model_dump(exclude={"init_from"}),
+        model=source.model.recorded_fields(),
         rope_base=source.rope_base,
         seq_length=source.seq_length,
-        dtype=_dtype_name(dtype),
+        dtype=dtype_name(dtype),
         has_optimizer=False,
         ledger={},
         versions={"lclm": __version__, "torch": torch.__version__},
@@ -235,7 +231,7 @@ def _is_droppable(name: str, weights: SafetensorsFolder, source: HfModel) -> boo
 def _import_dtype(dtypes: list[torch.dtype], report: Report) -> torch.dtype:
     if all(dtype == torch.bfloat16 for dtype in dtypes):
         return torch.bfloat16
-    others = sorted({_dtype_name(dtype) for dtype in dtypes} - {"float32"})
+    others = sorted({dtype_name(dtype) for dtype in dtypes} - {"float32"})
     if others:
         report(f"note: {', '.join(others)} weights are stored as float32, which holds them exactly")
     return torch.float32

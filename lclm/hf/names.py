@@ -15,55 +15,30 @@ from dataclasses import dataclass
 
 import torch
 
+from lclm.checkpoint.folder import MODEL_PREFIX
 from lclm.config import ModelConfig
 
-LAYER = "{layer}"
-
-
-@dataclass(frozen=True)
-class NameRule:
-    """One weight of ours and the Hugging Face weights that it is made of; `{layer}` in both."""
-
-    ours: str
-    theirs: tuple[str, ...]
-
-
-# Order: that of a forward pass, which is also the order in files.
-LLAMA_RULES = (
-    NameRule("model.embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
-    NameRule(
-        "model.decoder.layers.{layer}.input_layernorm.weight",
-        ("model.layers.{layer}.input_layernorm.weight",),
-    ),
-    NameRule(
-        "model.decoder.layers.{layer}.self_attention.linear_qkv.weight",
-        (
-            "model.layers.{layer}.self_attn.q_proj.weight",
-            "model.layers.{layer}.self_attn.k_proj.weight",
-            "model.layers.{layer}.self_attn.v_proj.weight",
-        ),
-    ),
-    NameRule(
-        "model.decoder.layers.{layer}.self_attention.linear_proj.weight",
-        ("model.layers.{layer}.self_attn.o_proj.weight",),
-    ),
-    NameRule(
-        "model.decoder.layers.{layer}.pre_mlp_layernorm.weight",
-        ("model.layers.{layer}.post_attention_layernorm.weight",),
-    ),
-    NameRule(
-        "model.decoder.layers.{layer}.mlp.linear_fc1.weight",
-        ("model.layers.{layer}.mlp.gate_proj.weight", "model.layers.{layer}.mlp.up_proj.weight"),
-    ),
-    NameRule(
-        "model.decoder.layers.{layer}.mlp.linear_fc2.weight",
-        ("model.layers.{layer}.mlp.down_proj.weight",),
-    ),
-    NameRule("model.decoder.final_layernorm.weight", ("model.norm.weight",)),
-    NameRule("model.output_layer.weight", ("lm_head.weight",)),
-)
-FAMILY_RULES = {"llama": LLAMA_RULES}
-OUTPUT_WEIGHT = "model.output_layer.weight"
+# Our weight and the Hugging Face weights that it is made of, without the `.weight` at their ends:
+# before, in and after the layers, in the order of a forward pass, which is also that in files.
+Rules = dict[str, tuple[str, ...]]
+FAMILY_RULES: dict[str, tuple[Rules, Rules, Rules]] = {
+    "llama": (
+        {"embedding.word_embeddings": ("model.embed_tokens",)},
+        {
+            "input_layernorm": ("input_layernorm",),
+            "self_attention.linear_qkv": (
+                "self_attn.q_proj",
+                "self_attn.k_proj",
+                "self_attn.v_proj",
+            ),
+            "self_attention.linear_proj": ("self_attn.o_proj",),
+            "pre_mlp_layernorm": ("post_attention_layernorm",),
+            "mlp.linear_fc1": ("mlp.gate_proj", "mlp.up_proj"),
+            "mlp.linear_fc2": ("mlp.down_proj",),
+        },
+        {"decoder.final_layernorm": ("model.norm",), "output_layer": ("lm_head",)},
+    )
+}
 HF_EMBEDDING = "model.embed_tokens.weight"
 HF_OUTPUT = "lm_head.weight"
 
@@ -94,9 +69,7 @@ class WeightEntry:
             num_heads = self.their_shapes[0][0] // self.head_dim
             num_kv_heads = self.their_shapes[1][0] // self.head_dim
             return split_qkv(weight, num_heads, num_kv_heads)
-        if len(self.theirs) == 2:
-            return weight.chunk(2)
-        return (weight,)
+        return weight.chunk(len(self.theirs))
 
 
 def merge_qkv(
@@ -142,28 +115,25 @@ def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 def build_weight_table(model: ModelConfig) -> list[WeightEntry]:
     """Every weight of the model once, in the order of a forward pass."""
     shapes = _shapes(model)
-    head: list[NameRule] = []
-    layer: list[NameRule] = []
-    tail: list[NameRule] = []
-    for rule in FAMILY_RULES[model.family]:
-        if rule.ours == OUTPUT_WEIGHT and model.tie_embeddings:
-            continue
-        (layer if LAYER in rule.ours else tail if layer else head).append(rule)
-    rules = [(rule, 0) for rule in head]
-    rules += [(rule, number) for number in range(model.num_layers) for rule in layer]
-    rules += [(rule, 0) for rule in tail]
-    table = []
-    for rule, number in rules:
-        theirs = tuple(name.replace(LAYER, str(number)) for name in rule.theirs)
-        their_shapes = tuple(shapes[name.split(".")[-2]] for name in theirs)
-        rows = sum(shape[0] for shape in their_shapes)
-        table.append(
-            WeightEntry(
-                ours=rule.ours.replace(LAYER, str(number)),
-                shape=(rows, *their_shapes[0][1:]),
-                theirs=theirs,
-                their_shapes=their_shapes,
-                head_dim=model.head_size,
+    table: list[WeightEntry] = []
+
+    def add(rules: Rules, our_prefix: str = MODEL_PREFIX, their_prefix: str = "") -> None:
+        for ours, names in rules.items():
+            their_shapes = tuple(shapes[name.split(".")[-1]] for name in names)
+            rows = sum(shape[0] for shape in their_shapes)
+            table.append(
+                WeightEntry(
+                    ours=f"{our_prefix}{ours}.weight",
+                    shape=(rows, *their_shapes[0][1:]),
+                    theirs=tuple(f"{their_prefix}{name}.weight" for name in names),
+                    their_shapes=their_shapes,
+                    head_dim=model.head_size,
+                )
             )
-        )
-    return table
+
+    before, layer, after = FAMILY_RULES[model.family]
+    add(before)
+    for number in range(model.num_layers):
+        add(layer, f"{MODEL_PREFIX}decoder.layers.{number}.", f"model.layers.{number}.")
+    add(after)
+    return [entry for entry in table if not (model.tie_embeddings and entry.theirs == (HF_OUTPUT,))]

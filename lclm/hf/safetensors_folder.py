@@ -8,9 +8,9 @@ length, JSON header padded with spaces, data without gaps).
 import json
 import os
 import struct
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,15 @@ class TensorSpec:
         """Size of the data."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
+    def checked(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor itself. Raises CheckpointError unless shape and type are these."""
+        if tuple(tensor.shape) != self.shape or tensor.dtype != self.dtype:
+            raise CheckpointError(
+                f"'{self.name}' came as {tuple(tensor.shape)} {tensor.dtype}, "
+                f"planned {self.shape} {self.dtype}"
+            )
+        return tensor
+
 
 class SafetensorsFolder:
     """Tensors of a folder with `model.safetensors`, or with shards and their index.
@@ -54,7 +63,7 @@ class SafetensorsFolder:
         self.folder = folder
         self.specs: dict[str, TensorSpec] = {}
         self.shard_of: dict[str, str] = {}
-        self._open: OrderedDict[str, Any] = OrderedDict()
+        self._shard = lru_cache(MAX_OPEN_SHARDS)(self._open_shard)
         index = self._read_index()
         for shard in sorted(set(index.values())) if index else [SINGLE_NAME]:
             self._read_header(shard)
@@ -97,23 +106,16 @@ class SafetensorsFolder:
                 f"says, {_some(extra)} in a shard but not in it; copy the folder again"
             )
 
-    def _shard(self, shard: str) -> Any:
-        if shard in self._open:
-            self._open.move_to_end(shard)
-            return self._open[shard]
+    def _open_shard(self, shard: str) -> Any:
         path = self.folder / shard
         if not path.is_file():
             raise CheckpointError(f"{path}: this shard is missing; copy the folder again, whole")
         try:
-            file = safe_open(path, framework="pt")
+            return safe_open(path, framework="pt")
         except SafetensorError as error:
             raise CheckpointError(
                 f"{path}: is damaged or not whole ({error}); copy the file again"
             ) from error
-        self._open[shard] = file
-        while len(self._open) > MAX_OPEN_SHARDS:
-            self._open.popitem(last=False)
-        return file
 
     def load(self, name: str) -> torch.Tensor:
         """One tensor on the CPU, in its stored type."""
@@ -141,15 +143,8 @@ def check_names_and_shapes(
         for name, shape in expected.items()
         if name in found and found[name] != shape
     ]
-    problems = [
-        f"{kind} {_some(names)}"
-        for kind, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("wrong shape of", ill_shaped),
-        )
-        if names
-    ]
+    groups = {"missing": missing, "unexpected": unexpected, "wrong shape of": ill_shaped}
+    problems = [f"{kind} {_some(names)}" for kind, names in groups.items() if names]
     if problems:
         raise CheckpointError(f"{where}: {'; '.join(problems)}; {remedy}")
 
@@ -221,12 +216,8 @@ def _write_shard(path: Path, specs: Sequence[TensorSpec], tensors: Iterable[torc
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for spec, tensor in zip(specs, tensors, strict=True):
-            if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
-                raise CheckpointError(
-                    f"{path}: '{spec.name}' came as {tuple(tensor.shape)} {tensor.dtype}, "
-                    f"planned {spec.shape} {spec.dtype}"
-                )
-            file.write(memoryview(tensor.contiguous().view(torch.uint8).numpy()))  # type: ignore[arg-type]
+            data = spec.checked(tensor).contiguous().view(torch.uint8).numpy()
+            file.write(memoryview(data))  # type: ignore[arg-type]
         file.flush()
         os.fsync(file.fileno())
     return 8 + len(encoded) + end

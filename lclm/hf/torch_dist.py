@@ -8,8 +8,7 @@ with what is not a tensor (nothing here).
 
 import json
 import pickle
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +22,7 @@ from torch.distributed.checkpoint import (
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from lclm.checkpoint.folder import CheckpointError
+from lclm.hf.safetensors_folder import TensorSpec
 
 METADATA_NAME = ".metadata"
 FORMAT_NAME = "metadata.json"
@@ -34,14 +34,6 @@ FORMAT_FIELDS = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Global shape and type of one tensor of a checkpoint."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -113,10 +105,10 @@ class TorchDistReader:
                     "the checkpoint is incomplete: copy it again, or use another step"
                 )
 
-    def tensors(self) -> dict[str, StoredTensor]:
+    def tensors(self) -> dict[str, TensorSpec]:
         """Global shape and type of every tensor, by key; objects of other kinds are left out."""
         return {
-            key: StoredTensor(tuple(entry.size), entry.properties.dtype)
+            key: TensorSpec(key, tuple(entry.size), entry.properties.dtype)
             for key, entry in self._metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
@@ -160,23 +152,18 @@ class _LazySavePlanner(DefaultSavePlanner):
 
     def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
         planned = self.state_dict[index.fqn]
-        tensor = self._load(index.fqn)
-        if tensor.shape != planned.shape or tensor.dtype != planned.dtype:
-            raise CheckpointError(
-                f"'{index.fqn}': {tuple(tensor.shape)} {tensor.dtype} came instead of the planned "
-                f"{tuple(planned.shape)} {planned.dtype}"
-            )
-        return tensor
+        spec = TensorSpec(index.fqn, tuple(planned.shape), planned.dtype)
+        return spec.checked(self._load(index.fqn))
 
 
 def write_torch_dist(
     folder: str | Path,
-    tensors: Mapping[str, StoredTensor],
+    tensors: Iterable[TensorSpec],
     load: Callable[[str], torch.Tensor],
 ) -> None:
     """Write a step folder that `megatron.core.dist_checkpointing.load` reads at any layout.
 
-    `load(key)` is called once for each key, in the order of `tensors`, when that tensor is due.
+    `load(name)` is called once for each name, in the order of `tensors`, when that tensor is due.
     Every tensor has a file of its own and is let go when it is written, so peak memory is one
     tensor (twice that, if `load` returns a view of a larger storage). `folder` must exist.
 
@@ -189,8 +176,7 @@ def write_torch_dist(
     writer = FileSystemWriter(folder, single_file_per_rank=False, thread_count=1)
     planner = _LazySavePlanner(load)
     placeholders: dict[str, Any] = {
-        key: torch.empty(stored.shape, dtype=stored.dtype, device="meta")
-        for key, stored in tensors.items()
+        spec.name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in tensors
     }
     # The steps of torch.distributed.checkpoint.save for a world of one process.
     writer.set_up_storage_writer(True)

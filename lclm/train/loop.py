@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch.distributed as dist
 
 import lclm
 from lclm.checkpoint import store
-from lclm.checkpoint.folder import CheckpointInfo
-from lclm.config import Config
+from lclm.checkpoint.folder import CheckpointInfo, dtype_name
+from lclm.config import Config, StageConfig
 from lclm.config_file import dump_toml
 from lclm.data.prefetch import Prefetcher
 from lclm.data.stage_rows import StageRows
@@ -32,7 +33,7 @@ from lclm.train.micro_batch import (
     iterate_global_batch,
 )
 from lclm.train.stages import domain_names, find_position, plan_validation, spread_rows
-from lclm.train.start import Start, model_fields
+from lclm.train.start import Start
 from lclm.train.step import Engine, StepResult
 
 logger = logging.getLogger(__name__)
@@ -47,19 +48,16 @@ class Run:
         self.checkpoint_dir = self.dir / "checkpoints"
         self.held_out = plan_validation(config)
         self.tokenizer = start.tokenizer
-        self.model_fields = model_fields(config)
         self.step = 0
         model = build_model(config, mesh)
         if start.weights is not None:
-            info = store.load(start.weights, self.model_fields, mesh, model, None)
+            info = store.load(start.weights, config.model, mesh, model, None)
             logger.info("weights from %s (step %d)", start.weights, info.step)
         elif start.checkpoint is None:
             init_weights(model, config, mesh)
         self.engine = Engine(config, mesh, model, domain_names(planned))
         if start.checkpoint is not None:
-            info = store.load(
-                start.checkpoint, self.model_fields, mesh, model, self.engine.optimizer
-            )
+            info = store.load(start.checkpoint, config.model, mesh, model, self.engine.optimizer)
             self.step = info.step
             logger.info("resumed from %s at step %d", start.checkpoint, info.step)
         self.log: RunLog | None = None
@@ -126,12 +124,10 @@ class Run:
         """
         if self.mesh.device.type == "cuda":
             torch.cuda.set_device(self.mesh.device)
-        count = self.config.stage[number].rows_per_step
         for stage_step in steps:
-            first = stage_step * count
-            costs = [self._row_flops(number, row) for row in range(first, first + count)]
+            costs = self._row_flops(number, stage_step)
             for row in deal_rows(costs, self.mesh.dp_size)[self.mesh.dp_rank]:
-                yield build.prepare(self.planned[number].row(first + row))
+                yield build.prepare(self.planned[number].row(stage_step * len(costs) + row))
 
     def _train_step(
         self, number: int, stage_step: int, micro_batches: Iterator[MicroBatch]
@@ -150,23 +146,18 @@ class Run:
         self.step += 1
         if self.log is not None:
             seconds = time.perf_counter() - start
-            first = stage_step * stage.rows_per_step
-            rows = range(first, first + stage.rows_per_step)
-            self.log.step(
-                self._record(number, rate, result, rows, seconds, waited.seconds), self.last_step
-            )
+            flops = sum(self._row_flops(number, stage_step))
+            times = {"seconds": seconds, "data_seconds": waited.seconds}
+            self.log.step(self._record(stage, rate, result, flops, times), self.last_step)
 
     def _record(
         self,
-        number: int,
+        stage: StageConfig,
         rate: float,
         result: StepResult,
-        rows: range,
-        seconds: float,
-        data_seconds: float,
+        flops: float,
+        times: dict[str, float],
     ) -> dict[str, Any]:
-        stage = self.config.stage[number]
-        flops_per_second = sum(self._row_flops(number, row) for row in rows) / seconds
         record: dict[str, Any] = {
             "step": self.step,
             "stage": stage.name,
@@ -177,10 +168,9 @@ class Run:
             "labels": result.num_labels,
             "seq_length": stage.seq_length,
             "rope_base": stage.rope_base,
-            "seconds": seconds,
-            "data_seconds": data_seconds,
-            "tokens_per_second": stage.tokens_per_step / seconds,
-            "tflops_per_second": flops_per_second / 1e12,
+            **times,
+            "tokens_per_second": stage.tokens_per_step / times["seconds"],
+            "tflops_per_second": flops / times["seconds"] / 1e12,
             "domain_loss": {
                 name: total / count for name, (total, count) in result.domain_losses.items()
             },
@@ -189,12 +179,15 @@ class Run:
             record["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
             peak = peak_flops(torch.cuda.get_device_name())
             if peak is not None:
-                record["mfu"] = flops_per_second / (peak * self.mesh.world_size)
+                record["mfu"] = flops / times["seconds"] / (peak * self.mesh.world_size)
         return record
 
-    def _row_flops(self, number: int, row: int) -> float:
-        """Model FLOPs of a row of stage `number`."""
-        return row_flops(self.config.model, self.planned[number].attention_lengths(row))
+    def _row_flops(self, number: int, stage_step: int) -> list[float]:
+        """Model FLOPs of each row of a step of stage `number`."""
+        model, planned = self.config.model, self.planned[number]
+        count = self.config.stage[number].rows_per_step
+        rows = range(stage_step * count, (stage_step + 1) * count)
+        return [row_flops(model, planned.attention_lengths(row)) for row in rows]
 
     def _maybe_validate(self, number: int, build: MicroBatchBuilder, is_last: bool) -> None:
         every = self.config.validation.every_steps
@@ -209,8 +202,7 @@ class Run:
                 -(-len(rows) // self.mesh.dp_size),
                 stage.seq_length,
             )
-            for name, (total, count) in sums.items():
-                losses[name] = total / count
+            losses.update({name: total / count for name, (total, count) in sums.items()})
         if self.log is not None:
             self.log.validation({"step": self.step, "stage": stage.name, "loss": losses})
 
@@ -226,10 +218,10 @@ class Run:
             stage=position.stage,
             stage_step=position.stage_step,
             tokens=position.tokens,
-            model=self.model_fields,
+            model=self.config.model.recorded_fields(),
             rope_base=stage.rope_base,
             seq_length=stage.seq_length,
-            dtype=store.dtype_name(self.mesh.dtype),
+            dtype=dtype_name(self.mesh.dtype),
             has_optimizer=True,
             ledger=self._ledger(),
             versions=versions(),
@@ -245,10 +237,7 @@ class Run:
         )
         logger.info("saved %s in %.1f s", folder, time.perf_counter() - start)
         if self.mesh.rank == 0:
-            ends, total = set(), 0
-            for done in self.config.stage:
-                total += done.num_steps
-                ends.add(total)
+            ends = set(accumulate(stage.num_steps for stage in self.config.stage))
             store.remove_old(self.checkpoint_dir, self.config.checkpoint.keep, ends)
         dist.barrier()
 

@@ -83,8 +83,6 @@ def _keep_records(path: Path, last_step: int) -> None:
     """Drop records of steps after `last_step`, and a line cut short by a crash."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= last_step:
-            kept.append(line)
-    replace_text(path, "".join(kept))
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    whole = (line for line in lines if line.endswith("\n"))
+    replace_text(path, "".join(line for line in whole if json.loads(line)["step"] <= last_step))

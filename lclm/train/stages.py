@@ -126,8 +126,7 @@ def domain_names(planned: Sequence[StageRows]) -> list[str]:
 
 def missing_data(config: Config) -> list[str]:
     """Index files that the configuration names but that do not exist; URLs are fetched later."""
-    prefixes = dict.fromkeys(entry.prefix for stage in config.stage for entry in stage.mixture)
-    local = [prefix for prefix in prefixes if not is_remote(prefix)]
+    local = [prefix for prefix in config.prefixes if not is_remote(prefix)]
     return [f"{prefix}.idx" for prefix in local if not Path(f"{prefix}.idx").is_file()]
 
 

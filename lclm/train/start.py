@@ -29,9 +29,9 @@ class Start:
     tokenizer: Path | None
     """Tokenizer file or folder that travels in checkpoints."""
     checkpoint: Path | None
-    """Checkpoint folder to resume from."""
+    """Step folder to resume from."""
     weights: Path | None
-    """Checkpoint folder from which only the weights are taken, if nothing is resumed."""
+    """Step folder from which only the weights are taken, if nothing is resumed."""
 
 
 def find_start(config: Config) -> Start:
@@ -47,21 +47,15 @@ def find_start(config: Config) -> Start:
     tokenizer = _load_tokenizer(config)
     _check_data(config, tokenizer)
     checkpoint = _find_checkpoint(config)
-    weights = Path(config.model.init_from) if config.model.init_from and not checkpoint else None
-    source = checkpoint or weights
-    if source is not None:
-        folder = resolve_step_folder(source)
-        info = read_info(folder)
-        store.check_architecture(folder, info, model_fields(config))
-        if checkpoint is not None:
-            _check_position(config, folder, info)
+    weights = None
+    if checkpoint is not None:
+        _check_position(config, checkpoint, read_info(checkpoint))
+    elif config.model.init_from:
+        weights = resolve_step_folder(config.model.init_from)
+    for folder in filter(None, (checkpoint, weights)):
+        store.check_architecture(folder, read_info(folder), config.model)
     travels = Path(config.data.tokenizer) if tokenizer is not None else None
     return Start(travels, checkpoint, weights)
-
-
-def model_fields(config: Config) -> dict[str, object]:
-    """The fields of `[model]` that a checkpoint records."""
-    return config.model.model_dump(exclude={"init_from"})
 
 
 def _load_tokenizer(config: Config) -> Tokenizer | None:
@@ -78,8 +72,7 @@ def _load_tokenizer(config: Config) -> Tokenizer | None:
 
 def _check_data(config: Config, tokenizer: Tokenizer | None) -> None:
     """Every file fits the model's vocabulary, and those of all stages come from one tokenizer."""
-    prefixes = dict.fromkeys(e.prefix for stage in config.stage for e in stage.mixture)
-    readers = [IndexedReader(fetch_prefix(prefix)) for prefix in prefixes]
+    readers = [IndexedReader(fetch_prefix(prefix)) for prefix in config.prefixes]
     for reader in readers:
         size = reader.metadata.get("vocab_size", 0)
         if size > config.model.vocab_size:
@@ -106,7 +99,7 @@ def _find_checkpoint(config: Config) -> Path | None:
     if config.checkpoint.resume == "never":
         return None
     if (folder / LATEST_NAME).is_file():
-        return folder
+        return resolve_step_folder(folder)
     if config.checkpoint.resume == "required":
         raise CheckpointError(
             f"checkpoint.resume = 'required': {folder} has no checkpoint; "

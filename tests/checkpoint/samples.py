@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lclm.checkpoint.folder import CheckpointInfo
+from lclm.config import ModelConfig
 from lclm.hf.config import HfModel
 from lclm.hf.torch_dist import TorchDistReader
 
@@ -19,6 +21,38 @@ LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+
+
+def tiny_llama(**fields) -> ModelConfig:
+    """Our sizes of `build_hf_llama`."""
+    sizes = {
+        "num_layers": 3,
+        "hidden_size": 32,
+        "ffn_hidden_size": 40,
+        "num_attention_heads": 4,
+        "num_kv_heads": 2,
+        "vocab_size": 53,
+    }
+    return ModelConfig(**{**sizes, **fields})
+
+
+def checkpoint_info(**fields) -> CheckpointInfo:
+    """What `lclm.json` says of a step, true of nothing."""
+    values = {
+        "format": 1,
+        "step": 12,
+        "stage": 1,
+        "stage_step": 2,
+        "tokens": 49152,
+        "model": tiny_llama().recorded_fields(),
+        "rope_base": 8e6,
+        "seq_length": 4096,
+        "dtype": "bfloat16",
+        "has_optimizer": True,
+        "ledger": {"books": 100},
+        "versions": {"torch": "2.13.0"},
+    }
+    return CheckpointInfo(**{**values, **fields})
 
 
 def build_hf_llama(dtype=torch.float32, seed=0, **fields) -> LlamaForCausalLM:

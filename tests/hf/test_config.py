@@ -45,17 +45,7 @@ def read(tmp_path, **changes):
 def test_fields(tmp_path):
     found = read(tmp_path, initializer_range=0.01, tie_word_embeddings=True, rope_theta=5e5)
     assert found == HfModel(
-        ModelConfig(
-            num_layers=2,
-            hidden_size=64,
-            ffn_hidden_size=96,
-            num_attention_heads=4,
-            num_kv_heads=2,
-            vocab_size=100,
-            norm_eps=1e-5,
-            tie_embeddings=True,
-            init_std=0.01,
-        ),
+        ModelConfig(**_FIELDS, norm_eps=1e-5, tie_embeddings=True, init_std=0.01),
         rope_base=5e5,
         seq_length=1024,
     )
@@ -163,7 +153,7 @@ _FIELDS = {
             {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
             "'yarn' lacks the field 'original",
         ),
-        ({"rope_scaling": {**YARN_FIELDS, "mscale": 0.7}}, "mscale = 0.7 of RoPE scaling 'yarn'"),
+        ({"rope_scaling": {**YARN_FIELDS, "mscale": 0.7}}, "RoPE scaling 'yarn': mscale = 0.7"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "scaling 'longrope' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks the field 'low_freq"),
         ({"rope_scaling": {"type": "linear", "factor": "x"}}, "factor"),

@@ -3,18 +3,10 @@
 import pytest
 import torch
 
-from lclm.config import ModelConfig
 from lclm.hf.names import build_weight_table, merge_qkv, split_qkv
-from tests.checkpoint.samples import build_hf_llama
+from tests.checkpoint.samples import build_hf_llama, tiny_llama
 
-MODEL = ModelConfig(
-    num_layers=3,
-    hidden_size=32,
-    ffn_hidden_size=40,
-    num_attention_heads=4,
-    num_kv_heads=2,
-    vocab_size=53,
-)
+MODEL = tiny_llama()
 
 
 @pytest.mark.parametrize("tied", [False, True])

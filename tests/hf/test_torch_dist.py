@@ -16,19 +16,13 @@ import torch
 from safetensors.torch import save_file
 
 from lclm.checkpoint.folder import CheckpointError
-from lclm.config import ModelConfig
 from lclm.hf.names import build_weight_table
-from lclm.hf.torch_dist import StoredTensor, TorchDistReader, write_torch_dist
+from lclm.hf.safetensors_folder import TensorSpec
+from lclm.hf.torch_dist import TorchDistReader, write_torch_dist
+from tests.checkpoint.samples import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = ModelConfig(
-    num_layers=2,
-    hidden_size=16,
-    ffn_hidden_size=24,
-    num_attention_heads=4,
-    num_kv_heads=2,
-    vocab_size=48,
-)
+MODEL = tiny_llama(num_layers=2, hidden_size=16, ffn_hidden_size=24, vocab_size=48)
 
 
 def make_weights(dtype=torch.float32) -> dict[str, torch.Tensor]:
@@ -41,7 +35,7 @@ def make_weights(dtype=torch.float32) -> dict[str, torch.Tensor]:
 
 def write(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
     folder.mkdir()
-    stored = {key: StoredTensor(tuple(w.shape), w.dtype) for key, w in weights.items()}
+    stored = [TensorSpec(name, tuple(w.shape), w.dtype) for name, w in weights.items()]
     write_torch_dist(folder, stored, weights.__getitem__)
     return folder
 
@@ -65,9 +59,8 @@ def test_round_trip(tmp_path, dtype):
         "common_backend": "torch",
         "common_backend_version": 1,
     }
-    assert TorchDistReader(folder).tensors()["model.output_layer.weight"] == StoredTensor(
-        (48, 16), dtype
-    )
+    name = "model.output_layer.weight"
+    assert TorchDistReader(folder).tensors()[name] == TensorSpec(name, (48, 16), dtype)
 
 
 def run_ranks(world_size: int, *arguments: Path) -> None:
@@ -123,7 +116,7 @@ def test_megatron_loads_and_saves_at_any_tp(tmp_path, world_size):
 
 def test_one_tensor_is_held_while_writing(tmp_path):
     alive: list[weakref.ref] = []
-    stored = {f"t{number}": StoredTensor((7, 3), torch.float32) for number in range(6)}
+    stored = [TensorSpec(f"t{number}", (7, 3), torch.float32) for number in range(6)]
 
     def load(key):
         assert sum(ref() is not None for ref in alive) <= 1  # the one before, at most
@@ -139,14 +132,14 @@ def test_one_tensor_is_held_while_writing(tmp_path):
 
 def test_a_view_is_written_alone(tmp_path):
     large = torch.arange(100_000.0)
-    stored = {"small": StoredTensor((5,), torch.float32)}
+    stored = [TensorSpec("small", (5,), torch.float32)]
     write_torch_dist(tmp_path, stored, lambda key: large[10:15])
     assert TorchDistReader(tmp_path).load("small").tolist() == [10, 11, 12, 13, 14]
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 10_000
 
 
 def test_a_tensor_other_than_planned_is_an_error(tmp_path):
-    stored = {"t": StoredTensor((2,), torch.float32)}
+    stored = [TensorSpec("t", (2,), torch.float32)]
     with pytest.raises(CheckpointError, match="'t'"):
         write_torch_dist(tmp_path, stored, lambda key: torch.ones(3))
 

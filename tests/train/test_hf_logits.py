@@ -13,6 +13,7 @@ import torch
 
 from lclm.context.plan.rates import LINKS
 from tests import tolerances
+from tests.checkpoint.samples import checkpoint_info
 from tests.distributed import run_distributed
 from tests.train.tiny import VOCAB_SIZE, tiny_config
 
@@ -36,13 +37,13 @@ def load_and_run(folder: Path, tokens: np.ndarray, changes: dict[str, Any]) -> n
     config = tiny_config("unused", **changes)
     mesh = build_mesh(config)
     from lclm.checkpoint import store
+    from lclm.checkpoint.folder import resolve_step_folder
     from lclm.model.build import build_model
     from lclm.train.context_setup import build_context
     from lclm.train.micro_batch import MicroBatchBuilder
 
     model = build_model(config, mesh)
-    fields = config.model.model_dump(exclude={"init_from"})
-    info = store.load(folder, fields, mesh, model, None)
+    info = store.load(resolve_step_folder(folder), config.model, mesh, model, None)
     context = build_context(config, mesh, LINKS["nvlink"], [])
     batch = MicroBatchBuilder(config, mesh, context, info.rope_base)(
         Row(tokens, np.array([SEQ_LENGTH]), "a")
@@ -60,10 +61,9 @@ def save_and_run(folder: Path, tokens: np.ndarray, changes: dict[str, Any]) -> n
     config = tiny_config("unused", **changes)
     mesh = build_mesh(config)
     from lclm.checkpoint import store
-    from lclm.checkpoint.folder import CheckpointInfo
+    from lclm.checkpoint.folder import dtype_name
     from lclm.model.build import build_model, init_weights
     from lclm.train.context_setup import build_context
-    from lclm.train.loop import versions
     from lclm.train.micro_batch import MicroBatchBuilder
     from lclm.train.step import Engine
 
@@ -74,19 +74,11 @@ def save_and_run(folder: Path, tokens: np.ndarray, changes: dict[str, Any]) -> n
     batch = MicroBatchBuilder(config, mesh, context, ROPE_BASE)(
         Row(tokens, np.array([SEQ_LENGTH]), "a")
     )
-    info = CheckpointInfo(
-        format=1,
-        step=7,
-        stage=0,
-        stage_step=7,
-        tokens=0,
-        model=config.model.model_dump(exclude={"init_from"}),
+    info = checkpoint_info(
+        model=config.model.recorded_fields(),
         rope_base=ROPE_BASE,
         seq_length=SEQ_LENGTH,
-        dtype=store.dtype_name(mesh.dtype),
-        has_optimizer=True,
-        ledger={},
-        versions=versions(),
+        dtype=dtype_name(mesh.dtype),
     )
     store.save(folder, info, mesh, model, engine.optimizer, None)
     with torch.no_grad():

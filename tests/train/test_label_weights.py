@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 
-from lclm.context.plan.rates import LINKS
 from tests import tolerances
 from tests.distributed import run_distributed
-from tests.train.tiny import VOCAB_SIZE, tiny_config
+from tests.train.tiny import VOCAB_SIZE, build_alone
 
 LENGTHS = np.array([20, 30, 14])
 PROMPT_WEIGHT = 0.25
@@ -15,18 +14,8 @@ PROMPT_WEIGHT = 0.25
 def losses_by_weights() -> dict[str, tuple[float, int, np.ndarray]]:
     """Loss sum, labels and one gradient, with several weights of the same row's targets."""
     from lclm.data.stage_rows import Row
-    from lclm.mesh import build_mesh
 
-    config = tiny_config("unused")
-    mesh = build_mesh(config)
-    from lclm.model.build import build_model, init_weights
-    from lclm.train.context_setup import build_context
-    from lclm.train.micro_batch import MicroBatchBuilder
-
-    model = build_model(config, mesh)
-    init_weights(model, config, mesh)
-    context = build_context(config, mesh, LINKS["nvlink"], [])
-    build = MicroBatchBuilder(config, mesh, context, 1e4)
+    model, build = build_alone()
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, VOCAB_SIZE, 64)
     target = (rng.random(64) < 0.4).astype(np.float32)

@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 
-from lclm.context.plan.rates import LINKS
 from tests import tolerances
 from tests.distributed import run_distributed
-from tests.train.tiny import VOCAB_SIZE, tiny_config
+from tests.train.tiny import VOCAB_SIZE, build_alone
 
 DOC_LENGTHS = [1, 20, 31, 2, 10]
 
@@ -14,18 +13,8 @@ DOC_LENGTHS = [1, 20, 31, 2, 10]
 def packed_and_separate(document_mask: bool) -> dict[str, tuple[float, dict[str, np.ndarray]]]:
     """Loss sum and gradients of one packed row, and of its documents each in a row of its own."""
     from lclm.data.stage_rows import Row
-    from lclm.mesh import build_mesh
 
-    config = tiny_config("unused")
-    mesh = build_mesh(config)
-    from lclm.model.build import build_model, init_weights
-    from lclm.train.context_setup import build_context
-    from lclm.train.micro_batch import MicroBatchBuilder
-
-    model = build_model(config, mesh)
-    init_weights(model, config, mesh)
-    context = build_context(config, mesh, LINKS["nvlink"], [])
-    build = MicroBatchBuilder(config, mesh, context, 1e4)
+    model, build = build_alone()
     tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, sum(DOC_LENGTHS))
     pieces = np.split(tokens, np.cumsum(DOC_LENGTHS)[:-1])
     rows = {

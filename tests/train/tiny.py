@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lclm.config import Config
+from lclm.context.plan.rates import LINKS
+
+if TYPE_CHECKING:
+    from lclm.model.llama import LlamaModel
+    from lclm.train.micro_batch import MicroBatchBuilder
 
 ROW_LENGTH = 64
 ROWS_PER_STEP = 4
@@ -53,6 +58,22 @@ def tiny_config(run_dir: Path | str, **changes: Any) -> Config:
             node = node[int(parent)] if parent.isdigit() else node.setdefault(parent, {})
         node[last] = value
     return Config.model_validate(tree)
+
+
+def build_alone() -> tuple[LlamaModel, MicroBatchBuilder]:
+    """The tiny model on this process alone, and what builds its micro-batches."""
+    from lclm.mesh import build_mesh
+
+    config = tiny_config("unused")
+    mesh = build_mesh(config)
+    from lclm.model.build import build_model, init_weights
+    from lclm.train.context_setup import build_context
+    from lclm.train.micro_batch import MicroBatchBuilder
+
+    model = build_model(config, mesh)
+    init_weights(model, config, mesh)
+    context = build_context(config, mesh, LINKS["nvlink"], [])
+    return model, MicroBatchBuilder(config, mesh, context, 1e4)
 
 
 def ragged_row(number: int) -> tuple[np.ndarray, np.ndarray]:
