@@ -30,25 +30,21 @@ UNSPECIALISED = ["num_queries", "num_keys", "num_tiles", "num_kv_heads", "num_gr
 
 @triton.jit
 def load_block(
-    source,
-    i_head,
-    i_row,
-    stride_row,
-    stride_head,
-    num_rows,
-    BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    USE_TMA: tl.constexpr,
+    source, i_head, i_row,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, USE_TMA: tl.constexpr,
     CHECK_ROWS: tl.constexpr,
-):
-    """Rows [i_row, i_row + BLOCK) of one head, [BLOCK, BLOCK_H]; CHECK_ROWS: some may not exist."""
+):  # fmt: skip
+    """Rows [i_row, i_row + BLOCK) of one head, [BLOCK, BLOCK_H]; CHECK_ROWS: some may not exist.
+
+    source: (TMA descriptor or pointer, stride of rows, stride of heads, number of rows).
+    """
+    tensor, stride_row, stride_head, num_rows = source
     if USE_TMA:
-        b_rows = source.load([i_head, i_row, 0]).reshape(BLOCK, BLOCK_H)
+        b_rows = tensor.load([i_head, i_row, 0]).reshape(BLOCK, BLOCK_H)
     else:
         o_row = tl.arange(0, BLOCK)
         o_h = tl.arange(0, BLOCK_H)
-        start = source + tl.cast(i_head, tl.int64) * stride_head
+        start = tensor + tl.cast(i_head, tl.int64) * stride_head
         start += tl.cast(i_row, tl.int64) * stride_row
         pointers = start + o_row.to(tl.int64)[:, None] * stride_row + o_h[None, :]
         if CHECK_ROWS and HEAD_DIM < BLOCK_H:
@@ -87,6 +83,32 @@ def read_tile(tiles_ptr, i_tile):
 
 
 @triton.jit
+def query_program(num_tiles, num_groups):
+    """(kv head, query head, place in the tile table) of a program that has a tile of queries."""
+    num_per_head = num_tiles * num_groups
+    i_item = tl.program_id(0)
+    i_k = i_item // num_per_head
+    i_rest = i_item % num_per_head
+    return i_k, i_k * num_groups + i_rest % num_groups, i_rest // num_groups
+
+
+@triton.jit
+def load_bounds(lo_ptr, hi_ptr, o_row, num_rows):
+    """The range of the other side that each row sees; empty for rows that do not exist."""
+    m_row = o_row < num_rows
+    b_lo = tl.load(lo_ptr + o_row, mask=m_row, other=0)
+    b_hi = tl.load(hi_ptr + o_row, mask=m_row, other=0)
+    return b_lo, b_hi
+
+
+@triton.jit
+def seen_mask(i_start, b_lo, b_hi, BLOCK: tl.constexpr):
+    """Which of the other side's [i_start, i_start + BLOCK) each row sees, [rows, BLOCK]."""
+    o_other = i_start + tl.arange(0, BLOCK)[None, :]
+    return (o_other >= b_lo[:, None]) & (o_other < b_hi[:, None])
+
+
+@triton.jit
 def masked_start(i_step, begin, full_begin, full_end, BLOCK: tl.constexpr):
     """First row of the i-th masked step: before the full range, then behind it."""
     num_before = (full_begin - begin) // BLOCK
@@ -104,37 +126,16 @@ def num_masked_steps(begin, full_begin, full_end, end, BLOCK: tl.constexpr):
 
 @triton.jit
 def _fwd_step(
-    b_acc,
-    b_max,
-    b_sum,
-    b_q,
-    b_lo,
-    b_hi,
-    k,
-    v,
-    i_k,
-    i_key,
-    k_stride_s,
-    k_stride_k,
-    v_stride_s,
-    v_stride_k,
-    num_keys,
+    b_acc, b_max, b_sum, b_q, b_lo, b_hi, k, v, i_k, i_key,
     scale_log2,
-    BLOCK_S: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    BLOCK_S: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, USE_TMA: tl.constexpr,
+    PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """One step of the online softmax over the keys [i_key, i_key + BLOCK_S)."""
-    b_k = load_block(
-        k, i_k, i_key, k_stride_s, k_stride_k, num_keys, BLOCK_S, HEAD_DIM, BLOCK_H, USE_TMA, MASKED
-    )
+    b_k = load_block(k, i_k, i_key, BLOCK_S, HEAD_DIM, BLOCK_H, USE_TMA, MASKED)
     b_score = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_T, BLOCK_S]
     if MASKED:
-        o_key = i_key + tl.arange(0, BLOCK_S)
-        m_seen = (o_key[None, :] >= b_lo[:, None]) & (o_key[None, :] < b_hi[:, None])
+        m_seen = seen_mask(i_key, b_lo, b_hi, BLOCK_S)
         b_score = tl.where(m_seen, b_score * scale_log2, float("-inf"))
         b_max_new = tl.maximum(b_max, tl.max(b_score, 1))
         # A row that has seen nothing yet: exp2(-inf - -inf) would be NaN, exp2(-inf - 0) is 0.
@@ -147,81 +148,43 @@ def _fwd_step(
         b_kept = tl.exp2(b_max - b_max_new)
     b_sum = b_sum * b_kept + tl.sum(b_share, 1)
     b_acc = b_acc * b_kept[:, None]
-    b_v = load_block(
-        v, i_k, i_key, v_stride_s, v_stride_k, num_keys, BLOCK_S, HEAD_DIM, BLOCK_H, USE_TMA, MASKED
-    )
+    b_v = load_block(v, i_k, i_key, BLOCK_S, HEAD_DIM, BLOCK_H, USE_TMA, MASKED)
     b_acc = tl.dot(b_share.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
     return b_acc, b_max_new, b_sum
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def attention_fwd_kernel(
-    q,
-    k,
-    v,
-    out_ptr,
-    lse_ptr,
-    lo_ptr,
-    hi_ptr,
-    tiles_ptr,
-    q_stride_t,
-    q_stride_n,
-    k_stride_s,
-    k_stride_k,
-    v_stride_s,
-    v_stride_k,
-    out_stride_t,
-    out_stride_n,
-    lse_stride_n,
-    lse_stride_t,
-    num_queries,
-    num_keys,
-    num_tiles,
-    num_kv_heads,
-    num_groups,
-    scale_log2,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    HAS_CARRY: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, k, v, out_ptr, lse_ptr, lo_ptr, hi_ptr, tiles_ptr,
+    q_stride_t, q_stride_n, k_stride_s, k_stride_k, v_stride_s, v_stride_k, out_stride_t,
+    out_stride_n, lse_stride_n, lse_stride_t,
+    num_queries, num_keys, num_tiles, num_kv_heads, num_groups, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    HAS_CARRY: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """out [T, N, H] and lse [N, T] from q [T, N, H], k and v [S, K, H].
 
     HAS_CARRY: out (fp32) and lse hold the attention over other keys, which these join.
     """
-    num_per_head = num_tiles * num_groups
-    i_item = tl.program_id(0)
-    i_k = i_item // num_per_head
-    i_rest = i_item % num_per_head
-    i_n = i_k * num_groups + i_rest % num_groups
-    i_place = i_rest // num_groups
+    i_k, i_n, i_place = query_program(num_tiles, num_groups)
+    k, v = (k, k_stride_s, k_stride_k, num_keys), (v, v_stride_s, v_stride_k, num_keys)
     i_tile, begin, full_begin, full_end, end = read_tile(tiles_ptr, i_place)
     i_row = i_tile * BLOCK_T
-    o_row = i_row + tl.arange(0, BLOCK_T)
-    m_row = o_row < num_queries
-    b_lo = tl.load(lo_ptr + o_row, mask=m_row, other=0)
-    b_hi = tl.load(hi_ptr + o_row, mask=m_row, other=0)
+    b_lo, b_hi = load_bounds(lo_ptr, hi_ptr, i_row + tl.arange(0, BLOCK_T), num_queries)
     b_max = tl.full([BLOCK_T], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_T], tl.float32)
     b_acc = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
-    b_q = load_block(
-        q, i_n, i_row, q_stride_t, q_stride_n, num_queries,
-        BLOCK_T, HEAD_DIM, BLOCK_H, USE_TMA, True,
-    )  # fmt: skip
+    q = (q, q_stride_t, q_stride_n, num_queries)
+    b_q = load_block(q, i_n, i_row, BLOCK_T, HEAD_DIM, BLOCK_H, USE_TMA, True)
     for i_step in range(num_masked_steps(begin, full_begin, full_end, end, BLOCK_S)):
         i_key = masked_start(i_step, begin, full_begin, full_end, BLOCK_S)
         b_acc, b_max, b_sum = _fwd_step(
-            b_acc, b_max, b_sum, b_q, b_lo, b_hi, k, v, i_k, i_key,
-            k_stride_s, k_stride_k, v_stride_s, v_stride_k, num_keys, scale_log2,
+            b_acc, b_max, b_sum, b_q, b_lo, b_hi, k, v, i_k, i_key, scale_log2,
             BLOCK_S, HEAD_DIM, BLOCK_H, USE_TMA, PRECISION, True,
         )  # fmt: skip
     for i_key in range(full_begin, full_end, BLOCK_S):
         b_acc, b_max, b_sum = _fwd_step(
-            b_acc, b_max, b_sum, b_q, b_lo, b_hi, k, v, i_k, i_key,
-            k_stride_s, k_stride_k, v_stride_s, v_stride_k, num_keys, scale_log2,
+            b_acc, b_max, b_sum, b_q, b_lo, b_hi, k, v, i_k, i_key, scale_log2,
             BLOCK_S, HEAD_DIM, BLOCK_H, USE_TMA, PRECISION, False,
         )  # fmt: skip
     # What only the end needs is made from a second read of the tile's number, which the compiler
