@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from .tensors import FLOATS
+
 AUTO = "auto"
 logger = logging.getLogger(__name__)
 _logged: set[tuple[str, str, str, str, str]] = set()
@@ -56,6 +58,12 @@ def triton_candidate(*dtypes: torch.dtype) -> Candidate:
         dtypes,
         missing="" if _HAS_TRITON else "the package triton, which is not installed",
     )
+
+
+TRITON_OR_REFERENCE = (
+    triton_candidate(*FLOATS),
+    Candidate("reference", ("cpu", "cuda"), (*FLOATS, torch.float64)),
+)
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:

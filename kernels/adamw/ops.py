@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..backend import AUTO, Candidate, choose, triton_candidate
-from .reference import adamw_step_reference
+from .reference import GroupTensors, Hyperparameters, adamw_step_reference
 
 if TYPE_CHECKING:
     from .triton_impl import AdamWTables
@@ -99,46 +99,37 @@ class AdamW(torch.optim.Optimizer):
                 loss = closure()
         for index, group in enumerate(self.param_groups):
             group["step"] += 1
-            params, grads = [], []
-            for param in group["params"]:
-                if param.grad is not None:
-                    _check_param(index, param, param.grad)
-                    params.append(param)
-                    grads.append(param.grad)
-            if not params:
-                continue
+            params = [param for param in group["params"] if param.grad is not None]
+            for param in params:
+                _check_param(index, param, param.grad)
             for param in params:
                 if "exp_avg" not in self.state[param]:
                     self.initialize_state(param)
-            self._step_group(index, group, params, grads)
+            states = [self.state[param] for param in params]
+            tensors = GroupTensors(
+                params,
+                [param.grad for param in params],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+            )
+            if params:
+                self._step_group(index, group, tensors)
         return loss
 
-    def _step_group(
-        self,
-        index: int,
-        group: dict[str, Any],
-        params: list[torch.Tensor],
-        grads: list[torch.Tensor],
-    ) -> None:
-        tensors = (
-            params,
-            grads,
-            [self.state[param]["exp_avg"] for param in params],
-            [self.state[param]["exp_avg_sq"] for param in params],
-        )
-        settings = {name: group[name] for name in ("step", "lr", "betas", "eps", "weight_decay")}
+    def _step_group(self, index: int, group: dict[str, Any], tensors: GroupTensors) -> None:
+        hyperparameters = Hyperparameters(*(group[name] for name in Hyperparameters._fields))
         refused = {"triton": _triton_refusal(tensors)}
-        wish, first = self.implementation, params[0]
+        wish, first = self.implementation, tensors.params[0]
         chosen = choose("adamw", wish, first.device, first.dtype, _CANDIDATES, refused)
         if chosen == "reference":
-            adamw_step_reference(*tensors, **settings)
+            adamw_step_reference(tensors, hyperparameters)
             return
         from .triton_impl import AdamWTables
 
-        self._tables.setdefault(index, AdamWTables()).step(*tensors, **settings)
+        self._tables.setdefault(index, AdamWTables()).step(tensors, hyperparameters)
 
 
-def _triton_refusal(tensors: tuple[list[torch.Tensor], ...]) -> str:
+def _triton_refusal(tensors: GroupTensors) -> str:
     """Why one launch cannot serve these parameters, gradients and moments; empty if it can."""
     state_dtypes = {state.dtype for states in tensors[2:] for state in states}
     if len(state_dtypes) > 1 or not state_dtypes.issubset(_STATE_DTYPES):

@@ -5,13 +5,12 @@ there. Tables are kept from step to step while addresses and sizes stay the same
 i_ program index, o_ offsets, m_ mask, b_ block value.
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 
 from ..backend import on_device
+from .reference import GroupTensors, Hyperparameters
 
 BLOCK = 1024  # 8 fp32 per thread and tensor
 NUM_WARPS = 4
@@ -79,51 +78,25 @@ class AdamWTables:
         self._tables: tuple[torch.Tensor, ...] = ()
         self._device_addresses = torch.empty(0, dtype=torch.int64)
 
-    def step(
-        self,
-        params: Sequence[torch.Tensor],
-        grads: Sequence[torch.Tensor],
-        exp_avgs: Sequence[torch.Tensor],
-        exp_avg_sqs: Sequence[torch.Tensor],
-        *,
-        step: int,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-    ) -> None:
-        """Update params, exp_avgs and exp_avg_sqs in place.
+    def step(self, tensors: GroupTensors, hyperparameters: Hyperparameters) -> None:
+        """Update parameters and moments in place.
 
-        Args:
-            params, grads: fp32; one of each per parameter, all on one device, the four tensors of
-                a parameter laid out alike without gaps.
-            exp_avgs, exp_avg_sqs: all fp32 or all bf16.
-            step: number of this step, from 1.
-            lr, betas, eps, weight_decay: as in torch.optim.AdamW.
+        All are on one device, the four tensors of a parameter laid out alike without gaps, the
+        moments all fp32 or all bf16.
         """
-        used = [i for i, param in enumerate(params) if param.numel()]
+        used = [i for i, param in enumerate(tensors.params) if param.numel()]
         if not used:
             return
-        kinds = (params, grads, exp_avgs, exp_avg_sqs)
-        self._refresh([[tensors[i] for i in used] for tensors in kinds])
+        self._refresh([[kind[i] for i in used] for kind in tensors])
         sizes, block_tensor, first_block = self._tables
-        beta1, beta2 = betas
-        state_dtype = tl.bfloat16 if exp_avgs[0].dtype == torch.bfloat16 else tl.float32
+        step, lr, (beta1, beta2), eps, weight_decay = hyperparameters
+        is_bf16 = tensors.exp_avgs[0].dtype == torch.bfloat16
         with on_device(self._device_addresses.device):
             adamw_kernel[(block_tensor.numel(),)](
-                self._device_addresses,
-                sizes,
-                block_tensor,
-                first_block,
-                len(used),
-                1.0 - beta1,
-                beta2,
-                1.0 - beta2,
-                1.0 - lr * weight_decay,
-                lr / (1.0 - beta1**step),
-                (1.0 - beta2**step) ** 0.5,
-                eps,
-                STATE_DTYPE=state_dtype,
+                *(self._device_addresses, sizes, block_tensor, first_block, len(used)),
+                *(1.0 - beta1, beta2, 1.0 - beta2, 1.0 - lr * weight_decay),
+                *(lr / (1.0 - beta1**step), (1.0 - beta2**step) ** 0.5, eps),
+                STATE_DTYPE=tl.bfloat16 if is_bf16 else tl.float32,
                 IS_ALIGNED=all(address % 16 == 0 for address in self._addresses),
                 BLOCK=BLOCK,
                 num_warps=NUM_WARPS,

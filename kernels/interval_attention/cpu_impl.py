@@ -9,6 +9,7 @@ rows or keys would kill the process, and no part has any.
 
 import torch
 
+from ..tensors import with_contiguous_rows
 from .call import BackwardCall, ForwardCall
 from .plan import Part
 
@@ -17,8 +18,7 @@ _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 def _prepare(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    x = x.to(dtype)
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return with_contiguous_rows(x.to(dtype))
 
 
 def _tiles(x: torch.Tensor, start: int, length: int, part: Part, step: int) -> torch.Tensor:

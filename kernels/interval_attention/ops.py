@@ -10,17 +10,17 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..backend import AUTO, Candidate, choose, triton_candidate
+from ..tensors import FLOATS, wide_dtype
 from .call import BackwardCall, ForwardCall
 from .cpu_impl import cpu_bwd, cpu_fwd
 from .plan import IntervalPlan
 from .reference import reference_bwd, reference_fwd
 from .tilings import MAX_HEAD_DIM, refuse_triton
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _CANDIDATES = (
-    Candidate("cpu", ("cpu",), (*_FLOATS, torch.float64)),
-    triton_candidate(*_FLOATS),
-    Candidate("reference", ("cpu", "cuda"), (*_FLOATS, torch.float64), is_automatic=False),
+    Candidate("cpu", ("cpu",), (*FLOATS, torch.float64)),
+    triton_candidate(*FLOATS),
+    Candidate("reference", ("cpu", "cuda"), (*FLOATS, torch.float64), is_automatic=False),
 )
 _WHERE = "interval_attention: "
 
@@ -56,7 +56,7 @@ def forward(
     _check_qkv(q_TNH, k_SKH, v_SKH, plan, scale)
     chosen = _choose(q_TNH, scale, implementation)
     num_queries, num_heads, _ = q_TNH.shape
-    wide = _wide_dtype(q_TNH.dtype)
+    wide = wide_dtype(q_TNH.dtype)
     if carry is not None:
         out, lse = carry
         _check_accumulator("carry out", out, q_TNH.shape, wide, q_TNH.device)
@@ -112,7 +112,7 @@ def backward(
     """
     _check_qkv(q, k, v, plan, scale)
     chosen = _choose(q, scale, implementation)
-    wide = _wide_dtype(q.dtype)
+    wide = wide_dtype(q.dtype)
     device = q.device
     num_queries, num_heads, _ = q.shape
     for name, x, like in (("dq", dq, q), ("dk", dk, k), ("dv", dv, v)):
@@ -190,10 +190,6 @@ def _choose(q_TNH: torch.Tensor, scale: float, wish: str) -> str:
     device, head_dim = q_TNH.device, q_TNH.shape[2]
     refused = {"triton": refuse_triton(head_dim, scale, device)}
     return choose("interval_attention", wish, device, q_TNH.dtype, _CANDIDATES, refused)
-
-
-def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _check(

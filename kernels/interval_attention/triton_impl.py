@@ -11,6 +11,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..backend import on_device
+from ..tensors import with_contiguous_rows
 from .call import BackwardCall, ForwardCall
 from .tilings import (
     STATS_BLOCK,
@@ -68,7 +69,7 @@ def triton_delta(dout_TNH: torch.Tensor, out_TNH: torch.Tensor) -> torch.Tensor:
     num_queries, num_heads, head_dim = out_TNH.shape
     delta = torch.empty(num_heads, num_queries, dtype=torch.float32, device=out_TNH.device)
     if delta.numel():
-        dout, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (dout_TNH, out_TNH))
+        dout, out = (with_contiguous_rows(x) for x in (dout_TNH, out_TNH))
         block = delta_block(head_dim)
         with on_device(out.device):
             attention_delta_kernel[(triton.cdiv(num_queries, block), num_heads)](
@@ -193,7 +194,7 @@ def _constexprs(tiling: Tiling, head_dim: int, use_tma: bool) -> dict[str, Any]:
 @contextlib.contextmanager
 def _columns_together(*accumulators: torch.Tensor):
     """The accumulators with contiguous columns; what had to be copied is written back."""
-    together = [x if x.stride(-1) == 1 else x.contiguous() for x in accumulators]
+    together = [with_contiguous_rows(x) for x in accumulators]
     yield together
     for x, copied in zip(accumulators, together):
         if copied is not x:

@@ -9,14 +9,9 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from ..backend import AUTO, Candidate, choose, triton_candidate
+from ..backend import AUTO, TRITON_OR_REFERENCE, choose
+from ..tensors import wide_dtype, widen
 from .reference import IGNORED_LABEL, chunk_dlogits_reference, chunk_loss_reference
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_CANDIDATES = (
-    triton_candidate(*_FLOATS),
-    Candidate("reference", ("cpu", "cuda"), (*_FLOATS, torch.float64)),
-)
 
 
 def linear_cross_entropy(
@@ -57,7 +52,7 @@ def linear_cross_entropy(
     _check_inputs(hidden, weight, labels, vocab_start, chunk_tokens, label_weights)
     chosen = _choose(implementation, hidden)
     is_counted = labels != IGNORED_LABEL
-    token_weights = is_counted.to(_loss_dtype(hidden))
+    token_weights = is_counted.to(wide_dtype(hidden.dtype))
     if label_weights is not None:
         is_counted = is_counted & (label_weights > 0)
         token_weights = token_weights * label_weights
@@ -83,7 +78,7 @@ def per_token_loss(
     """
     _check_inputs(hidden, weight, labels, vocab_start, chunk_tokens, None)
     chosen = _choose(implementation, hidden)
-    losses = torch.zeros(hidden.shape[0], dtype=_loss_dtype(hidden), device=hidden.device)
+    losses = torch.zeros(hidden.shape[0], dtype=wide_dtype(hidden.dtype), device=hidden.device)
     for start in range(0, hidden.shape[0], chunk_tokens):
         part = slice(start, start + chunk_tokens)
         losses[part], _ = _chunk_loss(
@@ -164,7 +159,7 @@ def _chunk_loss(
         )
         dlogits = None if token_weights is None else logits
     else:
-        wide = logits.to(_loss_dtype(hidden))
+        wide = widen(logits)
         chunk = chunk_loss_reference(wide, labels, vocab_start, group)
         losses, num_owners = chunk.losses, chunk.num_owners
         if token_weights is not None:
@@ -195,11 +190,7 @@ def _mark_lost(
 
 
 def _choose(wish: str, hidden: torch.Tensor) -> str:
-    return choose("linear_cross_entropy", wish, hidden.device, hidden.dtype, _CANDIDATES)
-
-
-def _loss_dtype(hidden: torch.Tensor) -> torch.dtype:
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return choose("linear_cross_entropy", wish, hidden.device, hidden.dtype, TRITON_OR_REFERENCE)
 
 
 def _check_inputs(

@@ -3,14 +3,10 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..backend import AUTO, Candidate, choose, triton_candidate
+from ..backend import AUTO, TRITON_OR_REFERENCE, choose
+from ..tensors import FLOATS, with_contiguous_rows
 from .reference import rms_norm_bwd_reference, rms_norm_fwd_reference
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_CANDIDATES = (
-    triton_candidate(*_FLOATS),
-    Candidate("reference", ("cpu", "cuda"), (*_FLOATS, torch.float64)),
-)
 _MAX_SIZE = 32768  # a Triton program holds whole rows in registers
 
 
@@ -23,7 +19,7 @@ class _RMSNormFunction(torch.autograd.Function):
         if chosen == "triton":
             from .triton_impl import rms_norm_fwd_triton
 
-            rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+            rows = with_contiguous_rows(rows)
             y, rrms = rms_norm_fwd_triton(rows, weight.contiguous(), eps)
         else:
             y, rrms = rms_norm_fwd_reference(rows, weight, eps)
@@ -39,7 +35,7 @@ class _RMSNormFunction(torch.autograd.Function):
         if ctx.chosen == "triton":
             from .triton_impl import rms_norm_bwd_triton
 
-            dy_rows = dy_rows if dy_rows.stride(-1) == 1 else dy_rows.contiguous()
+            dy_rows = with_contiguous_rows(dy_rows)
             dx, dweight = rms_norm_bwd_triton(dy_rows, rows, weight.contiguous(), rrms)
         else:
             dx, dweight = rms_norm_bwd_reference(dy_rows, rows, weight, rrms)
@@ -76,7 +72,9 @@ def rms_norm(
     refusal = ""
     if x.shape[-1] > _MAX_SIZE:
         refusal = f"takes rows of up to {_MAX_SIZE}, these have {x.shape[-1]}"
-    elif weight.dtype not in _FLOATS:
+    elif weight.dtype not in FLOATS:
         refusal = f"does not take a weight of {weight.dtype}"
-    chosen = choose("rms_norm", implementation, x.device, x.dtype, _CANDIDATES, {"triton": refusal})
+    chosen = choose(
+        "rms_norm", implementation, x.device, x.dtype, TRITON_OR_REFERENCE, {"triton": refusal}
+    )
     return _RMSNormFunction.apply(x, weight, eps, chosen)

@@ -5,9 +5,7 @@ Letters: D model size; R rows (all leading dims flattened). fp32 inside, fp64 fo
 
 import torch
 
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+from ..tensors import widen
 
 
 def rms_norm_fwd_reference(
@@ -18,7 +16,7 @@ def rms_norm_fwd_reference(
     The normalised value is rounded to x's dtype before it meets the weight, as Hugging Face's
     Llama does; with a weight in x's dtype the result is bit-identical to it.
     """
-    wide = _wide(x_RD)
+    wide = widen(x_RD)
     rrms = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
     return (weight_D * (wide * rrms).to(x_RD.dtype)).to(x_RD.dtype), rrms
 
@@ -27,9 +25,9 @@ def rms_norm_bwd_reference(
     dy_RD: torch.Tensor, x_RD: torch.Tensor, weight_D: torch.Tensor, rrms: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (dx [R, D] in x's dtype, dweight [D] in the weight's dtype, summed in fp32)."""
-    normed = _wide(x_RD) * rrms
-    dy = _wide(dy_RD)
+    normed = widen(x_RD) * rrms
+    dy = widen(dy_RD)
     dweight = (dy * normed).sum(dim=0)
-    dnormed = dy * _wide(weight_D)
+    dnormed = dy * widen(weight_D)
     dx = rrms * (dnormed - normed * (dnormed * normed).mean(dim=-1, keepdim=True))
     return dx.to(x_RD.dtype), dweight.to(weight_D.dtype)

@@ -8,15 +8,11 @@ permutation.
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..backend import AUTO, Candidate, choose, triton_candidate
+from ..backend import AUTO, TRITON_OR_REFERENCE, choose
+from ..tensors import with_contiguous_rows
 from .reference import rotate_reference
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_DIM = 512  # a Triton tile holds whole heads
-_CANDIDATES = (
-    triton_candidate(*_FLOATS),
-    Candidate("reference", ("cpu", "cuda"), (*_FLOATS, torch.float64)),
-)
 
 
 def _rotate(
@@ -60,8 +56,7 @@ class _RopeFunction(torch.autograd.Function):
     def _turn(chosen, x_TNH, cos, sin, is_inverse):
         if chosen == "reference":
             return rotate_reference(x_TNH, cos, -sin if is_inverse else sin)
-        if x_TNH.stride(-1) != 1:
-            x_TNH = x_TNH.contiguous()
+        x_TNH = with_contiguous_rows(x_TNH)
         out_TNH = torch.empty(x_TNH.shape, dtype=x_TNH.dtype, device=x_TNH.device)
         groups = (x_TNH.unsqueeze(1), out_TNH.unsqueeze(1))
         _rotate(chosen, *groups, cos, sin, x_TNH.shape[1], is_inverse)
@@ -176,7 +171,7 @@ def _choose(
         refusal = f"needs a contiguous float32 table, this one is {cos.dtype}"
     elif head_dim > _MAX_HEAD_DIM:
         refusal = f"takes heads of up to {_MAX_HEAD_DIM}, these have {head_dim}"
-    return choose("rope", wish, x.device, x.dtype, _CANDIDATES, {"triton": refusal})
+    return choose("rope", wish, x.device, x.dtype, TRITON_OR_REFERENCE, {"triton": refusal})
 
 
 def _check_table(x: torch.Tensor, head_dim: int, cos: torch.Tensor, sin: torch.Tensor) -> None:

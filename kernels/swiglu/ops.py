@@ -3,20 +3,15 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..backend import AUTO, Candidate, choose, triton_candidate
+from ..backend import AUTO, TRITON_OR_REFERENCE, choose
+from ..tensors import with_contiguous_rows
 from .reference import swiglu_bwd_reference, swiglu_fwd_reference
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_CANDIDATES = (
-    triton_candidate(*_FLOATS),
-    Candidate("reference", ("cpu", "cuda"), (*_FLOATS, torch.float64)),
-)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """As [R, last size] with the last dim contiguous; a copy only where strides ask for it."""
     rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty((0, x.shape[-1]))
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+    return with_contiguous_rows(rows)
 
 
 class _SwiGLUFunction(torch.autograd.Function):
@@ -58,5 +53,5 @@ def swiglu(x: torch.Tensor, implementation: str = AUTO) -> torch.Tensor:
     """
     if x.dim() < 1 or x.shape[-1] % 2:
         raise ValueError(f"swiglu: x must be [..., 2F] (gate, then up), got {list(x.shape)}")
-    chosen = choose("swiglu", implementation, x.device, x.dtype, _CANDIDATES)
+    chosen = choose("swiglu", implementation, x.device, x.dtype, TRITON_OR_REFERENCE)
     return _SwiGLUFunction.apply(x, chosen)
