@@ -8,7 +8,7 @@
 // look; documents that fit stay whole; the shortest fill up the token counts. Several such deals
 // are made, the best is refined by exchanging chunks with the rank that is worst off.
 //
-// All arithmetic is on integers; context_plan_reference.py takes the same decisions in the same
+// All arithmetic is on integers; context_plan.py takes the same decisions in the same
 // order. Change both or neither.
 
 #include <algorithm>

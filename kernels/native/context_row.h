@@ -1,6 +1,6 @@
 // A packed row cut into chunks, and what dealing the chunks out to ranks costs (context_plan.cpp).
 //
-// Integers only; context_plan_reference.py holds the twins of these names.
+// Integers only; context_plan.py holds the twins of these names.
 
 #ifndef LCLM_CONTEXT_ROW_H_
 #define LCLM_CONTEXT_ROW_H_
@@ -16,7 +16,7 @@ namespace lclm {
 using Int = std::int64_t;
 using Ints = std::vector<Int>;
 
-// The numbers that shape a plan; context_plan_reference.py (class Numbers) says what they are and
+// The numbers that shape a plan; context_plan.py (class Numbers) says what they are and
 // gives their values in this order.
 struct Numbers {
   Int share, free_share, fraction_bits, area_bits, fill_parts, partners, candidates, pair_budget;

@@ -41,27 +41,21 @@ def pack_exact(lengths: np.ndarray, targets: np.ndarray, needs: np.ndarray) -> E
         )
     rest = lengths.astype(np.int64)
     start = np.zeros(len(lengths), np.int64)
-    cuts = []
+    pieces, counts = [], []
     num_used = 0
     for target, need in zip(targets.tolist(), needs.tolist()):
         count, rest = np.divmod(rest, target)
         running = np.cumsum(count)
-        if need and (len(running) == 0 or running[-1] < need):
+        if need > (running[-1] if len(running) else 0):
             return None
-        if need:
-            num_used = max(num_used, int(np.searchsorted(running, need, side="left")) + 1)
-        cuts.append((count, running, start))
-        start = start + count * target
-    pieces = []
-    num_unused_tokens = 0
-    for (count, running, first), target, need in zip(cuts, targets.tolist(), needs.tolist()):
-        num_documents = (
-            int(np.searchsorted(running[:num_used], need, side="left")) + 1 if need else 0
-        )
-        count_here = count[:num_documents]
-        place = np.repeat(np.arange(num_documents, dtype=np.int64), count_here)
-        within = np.arange(len(place)) - np.repeat(running[:num_documents] - count_here, count_here)
-        offset = np.repeat(first[:num_documents], count_here) + within * target
-        pieces.append((place[:need].astype(np.int32), offset[:need].astype(np.int32)))
-        num_unused_tokens += (int(count[:num_used].sum()) - need) * target
+        num_documents = int(np.searchsorted(running, need, side="left")) + 1 if need else 0
+        num_used = max(num_used, num_documents)
+        place = np.repeat(np.arange(num_documents), count[:num_documents])[:need]
+        within = np.arange(need) - (running - count)[place]
+        offset = start[place] + within * target
+        pieces.append((place.astype(np.int32), offset.astype(np.int32)))
+        counts.append(count)
+        start += count * target
+    num_cut = np.array([count[:num_used].sum() for count in counts])
+    num_unused_tokens = int(((num_cut - needs) * targets).sum())
     return ExactPieces(pieces, num_used, int(rest[:num_used].sum()), num_unused_tokens)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from lclm_kernels.native.context_plan import assign_chunks
-from lclm_kernels.native.context_plan_reference import (
+from lclm_kernels.native.context_plan import (
     Ledger,
+    assign_chunks,
     improve,
     make_row,
     rank_cost,
