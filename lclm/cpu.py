@@ -41,14 +41,10 @@ class _CudaMeansCpu(TorchFunctionMode):
 class _NoStream:
     """A CUDA stream's face with nothing behind it: on a CPU work is done when the call returns."""
 
-    def wait_stream(self, stream: Any) -> None:
+    def wait_stream(self, *_: Any) -> None:
         """Nothing to wait for."""
 
-    def wait_event(self, event: Any) -> None:
-        """Nothing to wait for."""
-
-    def synchronize(self) -> None:
-        """Nothing to wait for."""
+    wait_event = synchronize = wait_stream
 
 
 def use_cpu() -> None:

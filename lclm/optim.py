@@ -76,11 +76,8 @@ def build_optimizer(config: Config, mesh: Mesh, model: Any) -> Any:
         [model],
         use_gloo_process_groups=False,
     )
-    for part in _parts(optimizer):
-        # Moments exist from the start, so that a checkpoint can be written or read before a step.
-        for group in part.optimizer.param_groups:
-            for param in group["params"]:
-                part.optimizer.initialize_state(param)
+    # Moments exist from the start, so that a checkpoint can be written or read before a step.
+    reset_state(optimizer)
     return optimizer
 
 

@@ -10,11 +10,10 @@ one call, in which a rank may send and receive at once without blocking.
 sends to r + s (mod R), only what some query there sees, and gradients go the opposite way. The
 transfers start in one order on all ranks (keys of step s + 1, then gradients of step s), which one
 NCCL stream needs in order not to block: all who take part in the first transfer that is not done
-have done those before it. A pair that has nothing to send leaves the message out on both sides,
-since both read it from the plan.
+have done those before it. An empty message does not travel; both sides know it from the plan.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -55,7 +54,7 @@ class Transfer:
         what: shown in errors.
         group: the ranks that `Message.peer` counts.
         tag: kind of message.
-        sends, receives: messages of one device; empty ones must be left out by both sides.
+        sends, receives: messages of one device; empty ones do not travel.
     """
 
     def __init__(
@@ -67,27 +66,27 @@ class Transfer:
         receives: Sequence[Message],
     ) -> None:
         self._what, self._group, self._tag = what, group, tag
-        self._receives, self._sends = list(receives), list(sends)
+        self._arrivals = [message.buffer for message in receives]
+        self._receives = [message for message in receives if message.buffer.numel()]
+        self._sends = [message for message in sends if message.buffer.numel()]
         self._works: list[dist.Work] = []
         self._state = "new"
 
     def commit(self) -> None:
         """Start every message; buffers to be sent must not change until `finish`."""
         self._advance("new", "committed")
-        runs: list[Callable] = [dist.irecv] * len(self._receives) + [dist.isend] * len(self._sends)
-        messages = [*self._receives, *self._sends]
+        operations = [
+            dist.P2POp(run, m.buffer, group=self._group, tag=self._tag, group_peer=m.peer)
+            for run, messages in ((dist.irecv, self._receives), (dist.isend, self._sends))
+            for m in messages
+        ]
         # NCCL must get all messages in one call, gloo gets them one by one: an error has one peer.
-        is_joint = any(message.buffer.is_cuda for message in messages)
-        calls = [slice(None)] if is_joint else [slice(n, n + 1) for n in range(len(messages))]
-        for call in calls:
-            operations = [
-                dist.P2POp(run, m.buffer, group=self._group, tag=self._tag, group_peer=m.peer)
-                for run, m in zip(runs[call], messages[call], strict=True)
-            ]
+        is_joint = any(operation.tensor.is_cuda for operation in operations)
+        for call in [operations] if is_joint else [[operation] for operation in operations]:
             try:
-                self._works += dist.batch_isend_irecv(operations)
+                self._works += dist.batch_isend_irecv(call)
             except RuntimeError as error:
-                self._fail([message.peer for message in messages[call]], error)
+                self._fail([operation.group_peer for operation in call], error)
 
     def wait(self) -> list[torch.Tensor]:
         """Wait for what is received and hand it over, in the order of `receives`."""
@@ -96,8 +95,7 @@ class Transfer:
         is_joint = len(self._works) != len(self._receives) + len(self._sends)
         count = len(self._works) if is_joint else len(self._receives)
         self._wait(count, [*self._receives, *self._sends] if is_joint else self._receives)
-        buffers = [message.buffer for message in self._receives]
-        self._receives = []
+        buffers, self._arrivals, self._receives = self._arrivals, [], []
         return buffers
 
     def finish(self) -> None:
@@ -240,7 +238,7 @@ class KeyExchange:
         steps = []
         for number in range(1, size):
             source, destination = (rank - number) % size, (rank + number) % size
-            num_received = sum(end - start for start, end in plan.travels(rank, source))
+            num_received = int(plan.received[rank, source])
             ranges = [
                 np.searchsorted(positions, start) + np.arange(end - start)
                 for start, end in plan.travels(destination, rank)
@@ -267,19 +265,19 @@ class KeyExchange:
         """
         transfers: list[Transfer] = []
 
-        def commit_until(end: int) -> None:
-            for step in self.steps[len(transfers) : end]:
+        def commit_to(place: int) -> None:
+            while is_eager and place < len(self.steps) and not self.steps[place].num_received:
+                place += 1
+            for step in self.steps[len(transfers) : place + 1]:
                 transfers.append(self._send_keys(step, k_TKH, v_TKH))
 
-        commit_until(self._horizon(0, is_eager))
+        commit_to(0)
         yield self.local, k_TKH, v_TKH
         for place, step in enumerate(self.steps):
-            received = transfers[place].wait()
+            (kv,) = transfers[place].wait()
             if place:
                 transfers[place - 1].finish()
-            commit_until(self._horizon(place + 1, is_eager))
-            kv = received[0] if received else k_TKH.new_empty(2, 0, *k_TKH.shape[1:])
-            del received
+            commit_to(place + 1)
             k, v = kv
             del kv
             yield step, k, v
@@ -294,11 +292,11 @@ class KeyExchange:
             grads_2SKH: fp32 `[2, S, K, H]`, of the received keys and values.
 
         Returns:
-            A committed transfer; it brings `[2, tokens of step.sent, K, H]` if there are any.
+            A committed transfer; it brings `[2, tokens of step.sent, K, H]`.
         """
         home = grads_2SKH.new_empty(2, len(step.sent), *grads_2SKH.shape[2:])
-        sends, receives = [Message(step.source, grads_2SKH)], [Message(step.destination, home)]
-        transfer = self._transfer(step, GRADIENTS, sends, receives)
+        outgoing, incoming = Message(step.source, grads_2SKH), Message(step.destination, home)
+        transfer = self._transfer(step, GRADIENTS, outgoing, incoming)
         transfer.commit()
         return transfer
 
@@ -306,27 +304,17 @@ class KeyExchange:
         """Pack and send the keys and values that leave in a step; receive those that arrive."""
         shape = k_TKH.shape[1:]
         packed = k_TKH.new_empty(2, len(step.sent), *shape)
-        incoming = k_TKH.new_empty(2, step.num_received, *shape)
-        sends, receives = [Message(step.destination, packed)], [Message(step.source, incoming)]
-        transfer = self._transfer(step, KEYS, sends, receives)
+        received = k_TKH.new_empty(2, step.num_received, *shape)
+        outgoing, incoming = Message(step.destination, packed), Message(step.source, received)
+        transfer = self._transfer(step, KEYS, outgoing, incoming)
         with self._side.after():
             torch.index_select(k_TKH, 0, step.sent, out=packed[0])
             torch.index_select(v_TKH, 0, step.sent, out=packed[1])
             transfer.commit()
         return transfer
 
-    def _transfer(
-        self, step: KeyStep, tag: int, sends: list[Message], receives: list[Message]
-    ) -> Transfer:
-        """Empty messages are left out."""
+    def _transfer(self, step: KeyStep, tag: int, outgoing: Message, incoming: Message) -> Transfer:
         assert self._group is not None  # only a plan of several ranks has steps
         name = "keys" if tag == KEYS else "gradients of keys"
         what = f"context exchange, step {step.number} of {len(self.steps)}, {name}"
-        sends, receives = ([m for m in some if m.buffer.numel()] for some in (sends, receives))
-        return Transfer(what, self._group, tag, sends, receives)
-
-    def _horizon(self, place: int, is_eager: bool) -> int:
-        """How many steps are on the way while the one before `place` is worked on."""
-        while is_eager and place < len(self.steps) and not self.steps[place].num_received:
-            place += 1
-        return min(place + 1, len(self.steps))
+        return Transfer(what, self._group, tag, [outgoing], [incoming])

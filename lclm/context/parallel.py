@@ -1,6 +1,7 @@
 """Deals the rows of a stage out to context ranks, and makes the attention that joins them again."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,10 +16,11 @@ from lclm.context.ulysses import build_ulysses
 from lclm_kernels.interval_attention import interval_attention, make_plan
 
 
+@dataclass(frozen=True)
 class ContextParallel:
     """One layout and one communication mode; makes plan and attention of each row.
 
-    Args:
+    Attributes:
         layout: see `lclm.context.plan.layouts.build_row_plan`.
         comm: how queries meet keys.
         cost: by which rows of the layout "auto" are dealt out; other layouts need none.
@@ -28,32 +30,26 @@ class ContextParallel:
         head_group, ring_group: of a ulysses_ring, see `build_ulysses`.
     """
 
-    def __init__(
-        self,
-        layout: str,
-        comm: Comm,
-        cost: CostModel | None,
-        num_heads: tuple[int, int],
-        group: dist.ProcessGroup,
-        device: torch.device,
-        head_group: dist.ProcessGroup | None = None,
-        ring_group: dist.ProcessGroup | None = None,
-    ) -> None:
-        # One rank holds a row whole, whatever its length.
-        self._layout = layout if group.size() > 1 else "contiguous"
-        self._cost, self._num_heads, self._group, self._device = cost, num_heads, group, device
-        self._parts = (head_group, ring_group)
-        self.comm = comm
+    layout: str
+    comm: Comm
+    cost: CostModel | None
+    num_heads: tuple[int, int]
+    group: dist.ProcessGroup
+    device: torch.device
+    head_group: dist.ProcessGroup | None = None
+    ring_group: dist.ProcessGroup | None = None
 
     def plan(self, doc_lengths: np.ndarray) -> RowPlan:
         """Deal out a row; equal on all ranks."""
-        size = self._group.size()
-        return build_row_plan(self._layout, doc_lengths, size, None, self._cost, self.comm)
+        size = self.group.size()
+        # one rank holds a row whole, whatever its length
+        layout = self.layout if size > 1 else "contiguous"
+        return build_row_plan(layout, doc_lengths, size, None, self.cost, self.comm)
 
     def attention(self, plan: RowPlan) -> Callable[..., torch.Tensor]:
         """Attention over the row of a plan, an `Attend` of the model; what depends on the mask is
         made here, once."""
-        group, device = self._group, self._device
+        group, device = self.group, self.device
         if plan.cp_size == 1:  # every key is here
             own = make_plan(*plan.intervals(0), plan.row_length)
             return lambda q, k, v, scale, layer=None: interval_attention(q, k, v, own, scale)
@@ -61,4 +57,5 @@ class ContextParallel:
             return GatheredAttention(plan, group, device)
         if self.comm.name == "ring":
             return build_ring(plan, group, device)
-        return build_ulysses(plan, *self._num_heads, group, device, *self._parts)
+        parts = (self.head_group, self.ring_group)
+        return build_ulysses(plan, *self.num_heads, group, device, *parts)

@@ -102,8 +102,8 @@ def _add_home(arrival: tuple[Transfer, torch.Tensor] | None, own_2TKH: torch.Ten
     if arrival is None:
         return
     transfer, index = arrival
-    for grads in transfer.wait():
-        own_2TKH.index_add_(1, index, grads)
+    (grads,) = transfer.wait()
+    own_2TKH.index_add_(1, index, grads)
     transfer.finish()
 
 

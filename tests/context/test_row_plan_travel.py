@@ -139,7 +139,6 @@ def test_plan_row_takes_what_is_predicted_to_be_fastest() -> None:
         chosen.add(best)
         plan = plan_row(lengths, cp_size, chunk, cost)
         assert plan.digest() == plans_by_name[best].digest()
-        assert plan.digest() == plan_row(lengths, cp_size, chunk, cost, RING, "reference").digest()
     assert len(chosen) == 2  # a slow link changes the choice
     assert build_row_plan("auto", lengths, cp_size, chunk).digest() == (
         plan_row(lengths, cp_size, chunk).digest()
@@ -190,9 +189,6 @@ def test_mixed_plan_is_even_where_documents_are_long() -> None:
     assert len(set(plan.areas.sum(axis=1).tolist())) == 1
     short = np.array([100] * 40 + [96])
     assert mixed_plan(short, 4, 64).digest() == balanced_plan(short, 4, 64).digest()
-    long = np.array([2996, *short[:11]])
-    mixed = mixed_plan(long, 4, 16, "reference")
-    assert mixed.digest() == mixed_plan(long, 4, 16).digest()
 
 
 def test_plan_row_without_rates_keeps_area_even() -> None:
@@ -223,10 +219,9 @@ def test_zigzag_is_no_candidate_off_the_grid() -> None:
     [
         (lambda: plan_row([96], 0, 4), "cp_size is 0"),
         (lambda: plan_row([96], 4, 0), "chunk is 0"),
-        (lambda: plan_row([96], 4, 25), "fewer chunks of 25 than the 4 ranks"),
+        (lambda: plan_row([96], 4, 25), r"96 tokens is not a multiple of .* = 4 \* 25 = 100"),
         (lambda: plan_row([96], 4, 5), r"96 tokens is not a multiple of .* = 4 \* 5 = 20"),
         (lambda: plan_row([90, 0, 6], 4, 4), r"doc_lengths\[1\] is 0"),
-        (lambda: plan_row([96], 4, 4, implementation="cuda"), "implementation='cuda'"),
         (lambda: build_row_plan("auto", [97], 4), "row of 97 tokens"),
     ],
 )

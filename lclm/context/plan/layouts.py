@@ -63,15 +63,13 @@ def balanced_plan(
     return _dealt(lengths, cp_size, chunk, assign_chunks(lengths, cp_size, chunk, implementation))
 
 
-def mixed_plan(
-    lengths: np.ndarray, cp_size: int, chunk: int, implementation: str = "auto"
-) -> RowPlan:
+def mixed_plan(lengths: np.ndarray, cp_size: int, chunk: int) -> RowPlan:
     """Zigzag within each document that no rank can hold whole; what is left is balanced.
 
     Long documents are then even to the pair, at the price of all ranks seeing each other's keys.
     Where no document is long enough for 2 * cp_size chunks this is `balanced_plan`.
 
-    Args: as `balanced_plan`.
+    Args: lengths, cp_size and chunk as in `balanced_plan`.
     """
     ends = np.cumsum(lengths)
     row_length = int(ends[-1])
@@ -85,16 +83,12 @@ def mixed_plan(
             owner[end - 2 * cp_size * each : end] = np.repeat(_there_and_back(cp_size), each)
             left[document] -= 2 * cp_size * each * chunk
     if left.any():
-        owner[owner < 0] = assign_chunks(left[left > 0], cp_size, chunk, implementation)
+        owner[owner < 0] = assign_chunks(left[left > 0], cp_size, chunk)
     return _dealt(lengths, cp_size, chunk, owner)
 
 
 def candidate_plans(
-    doc_lengths: DocLengths,
-    cp_size: int,
-    chunk: int | None,
-    ulysses_size: int = 1,
-    implementation: str = "auto",
+    doc_lengths: DocLengths, cp_size: int, chunk: int | None, ulysses_size: int = 1
 ) -> dict[str, RowPlan]:
     """Every layout that can be had on the grid of chunks, by name, the preferred one first.
 
@@ -106,7 +100,6 @@ def candidate_plans(
             None: `default_chunk`.
         ulysses_size: neighbours that share heads. They get a rank's part of a plan for so many
             fewer ranks.
-        implementation: of the balanced layout's solver, see `balanced_plan`.
 
     Raises:
         ValueError: bad lengths, cp_size < 1 or not a multiple of ulysses_size, or a row length
@@ -120,9 +113,9 @@ def candidate_plans(
     ranks, rest = divmod(cp_size, ulysses_size)
     if rest:
         raise ValueError(f"{cp_size} context ranks do not divide into groups of {ulysses_size}")
-    plans = {"balanced": balanced_plan(lengths, ranks, chunk, implementation)}
+    plans = {"balanced": balanced_plan(lengths, ranks, chunk)}
     if lengths.max() > row_length // ranks:
-        plans["mixed"] = mixed_plan(lengths, ranks, chunk, implementation)
+        plans["mixed"] = mixed_plan(lengths, ranks, chunk)
     plans["contiguous"] = contiguous_plan(lengths, ranks)
     if row_length % (2 * ranks * chunk) == 0:
         plans["zigzag"] = zigzag_plan(lengths, ranks)
@@ -150,12 +143,11 @@ def plan_row(
     chunk: int | None = None,
     cost: CostModel | None = None,
     comm: Comm = RING,
-    implementation: str = "auto",
 ) -> RowPlan:
     """The candidate whose attention is predicted to take least time.
 
     Args:
-        doc_lengths, cp_size, chunk, implementation: see `candidate_plans`.
+        doc_lengths, cp_size, chunk: see `candidate_plans`.
         cost: rates of the machine and the model's attention shape. With it time alone decides, so
             that a slow link may be worth an uneven layout. Without it only layouts with even area
             are looked at, and a slow link is assumed, which asks for little traffic.
@@ -167,7 +159,7 @@ def plan_row(
     Raises:
         ValueError: as `candidate_plans`.
     """
-    plans = candidate_plans(doc_lengths, cp_size, chunk, comm.ulysses_size, implementation)
+    plans = candidate_plans(doc_lengths, cp_size, chunk, comm.ulysses_size)
     if cost is None:
         cost = CostModel(LINKS["infiniband"])
         # neighbours that share heads have their sum, evenly
@@ -254,11 +246,6 @@ def _check_grid(row_length: int, cp_size: int, chunk: int) -> None:
     check_cp_size(cp_size)
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; the granularity is at least 1 token")
-    if cp_size * chunk > row_length:
-        raise ValueError(
-            f"row of {row_length} tokens has fewer chunks of {chunk} than the {cp_size} ranks; use "
-            "a smaller chunk or cp_size"
-        )
     if row_length % (cp_size * chunk):
         raise ValueError(
             f"row of {row_length} tokens is not a multiple of cp_size * chunk = {cp_size} * "

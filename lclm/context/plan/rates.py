@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,30 +118,37 @@ def read_machine(path: Path) -> Machine:
         raise ValueError(f"rates: {path} holds no rates of a training run: {error}") from error
 
 
-def _h100(link: Rate, near: Rate, near_ranks: int) -> Machine:
-    """FlashAttention-3 in bf16 on rows of 32K tokens with document masks, as published.
-
-    Not published are the times to start a kernel, the speed of copies (half of what the memory is
-    sold as, 3.35 TB/s: each byte is read and written), and that messages overlap completely.
-    """
-    links = dict.fromkeys(("message", "gather", "scatter", "all_to_all"), link)
-    return Machine(
-        forward=Rate(10e-6, 584e12),
-        backward=Rate(20e-6, 425e12),
-        copy=Rate(0, 1.6e12),
-        near_all_to_all=near,
-        near_ranks=near_ranks,
-        overlap=1.0,
-        **links,
-    )
-
-
 # Transfers between two GPUs are reported to reach 370 GB/s over NVLink and 45 GB/s over one 400
 # Gb/s InfiniBand port each.
 _NVLINK, _INFINIBAND = Rate(5e-6, 370e9), Rate(20e-6, 45e9)
 
+# FlashAttention-3 in bf16 on rows of 32K tokens with document masks, as published. Not published
+# are the times to start a kernel, the speed of copies (half of what the memory is sold as, 3.35
+# TB/s: each byte is read and written), and that messages overlap completely.
+_H100 = Machine(
+    forward=Rate(10e-6, 584e12),
+    backward=Rate(20e-6, 425e12),
+    copy=Rate(0, 1.6e12),
+    message=_NVLINK,
+    gather=_NVLINK,
+    scatter=_NVLINK,
+    all_to_all=_NVLINK,
+    near_all_to_all=_NVLINK,
+    near_ranks=1,
+    overlap=1.0,
+)
 # H100s by what joins the context ranks: NVLink all of them, or InfiniBand nodes of eight.
-LINKS = {"nvlink": _h100(_NVLINK, _NVLINK, 1), "infiniband": _h100(_INFINIBAND, _NVLINK, 8)}
+LINKS = {
+    "nvlink": _H100,
+    "infiniband": replace(
+        _H100,
+        message=_INFINIBAND,
+        gather=_INFINIBAND,
+        scatter=_INFINIBAND,
+        all_to_all=_INFINIBAND,
+        near_ranks=8,
+    ),
+}
 
 
 def published(link: str, cp_size: int) -> Machine:

@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -111,20 +110,6 @@ class RowPlan:
 
     def _check_spans(self) -> None:
         """Raise ValueError unless the spans are a partition of the row with equal shares."""
-        held = [sum(end - start for start, end in spans) for spans in self.chunks]
-        if sum(held) != self.row_length:
-            raise ValueError(
-                f"documents sum to {self.row_length} tokens but the ranks hold {sum(held)}; "
-                "doc_lengths must sum to the row length"
-            )
-        for rank, (tokens, spans) in enumerate(zip(held, self.chunks)):
-            if tokens * self.cp_size != self.row_length:
-                raise ValueError(
-                    f"rank {rank} holds {tokens} tokens; each of {self.cp_size} ranks must hold "
-                    f"{self.row_length}/{self.cp_size}"
-                )
-            if any(a[1] > b[0] for a, b in pairwise(spans)):
-                raise ValueError(f"spans of rank {rank} are not sorted: {spans}")
         end_before = 0
         for start, end in sorted(span for spans in self.chunks for span in spans):
             if start != end_before or end <= start:
@@ -133,6 +118,20 @@ class RowPlan:
                     "must cover the row once, without gaps, overlaps or empty spans"
                 )
             end_before = end
+        if end_before != self.row_length:
+            raise ValueError(
+                f"documents sum to {self.row_length} tokens but the ranks hold {end_before}; "
+                "doc_lengths must sum to the row length"
+            )
+        for rank, spans in enumerate(self.chunks):
+            tokens = sum(end - start for start, end in spans)
+            if tokens * self.cp_size != self.row_length:
+                raise ValueError(
+                    f"rank {rank} holds {tokens} tokens; each of {self.cp_size} ranks must hold "
+                    f"{self.row_length}/{self.cp_size}"
+                )
+            if spans != tuple(sorted(spans)):
+                raise ValueError(f"spans of rank {rank} are not sorted: {spans}")
 
     @cached_property
     def row_length(self) -> int:
