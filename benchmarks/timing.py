@@ -1,9 +1,10 @@
-"""What benchmarks of data share: processor time, memory, and the file of results."""
+"""What benchmarks share: the machine, files of results, processor time, and memory."""
 
 import datetime
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import threading
@@ -11,33 +12,52 @@ import time
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results" / "data.jsonl"
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+HISTOGRAM = ROOT / "benchmarks" / "data" / "doc_lengths_magi.csv"
 SAMPLE_SECONDS = 0.2
 
 
-def record(kind: str, rows: list[dict[str, Any]]) -> None:
-    """Print the rows and append them with the command, the date and the machine's description."""
-    about = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": {
-            "cpu": _cpu_name(),
-            "cores": len(os.sched_getaffinity(0)),
-            "load": os.getloadavg()[0],
-            "python": platform.python_version(),
-        },
-    }
-    with open(RESULTS, "a", encoding="utf-8") as file:
-        for row in rows:
-            shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
-            print("  ".join(f"{name}={value}" for name, value in shown.items()), flush=True)
-            file.write(json.dumps({"benchmark": kind, **row, **about}) + "\n")
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+def cpu_name() -> str:
+    """The processor's model."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def describe_machine() -> dict[str, Any]:
+    """What a reader needs to judge times."""
+    return {
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg()[0],
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+    }
+
+
+def append_record(path: Path, record: dict[str, Any]) -> None:
+    """Append a JSON object as a line, with the date and the command that was typed."""
+    about = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+    }
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a", encoding="ascii") as file:
+        file.write(json.dumps(about | record) + "\n")
+
+
+def record_rows(kind: str, rows: list[dict[str, Any]]) -> None:
+    """Print rows of figures and append each to results/data.jsonl."""
+    machine = describe_machine()
+    for row in rows:
+        shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
+        print("  ".join(f"{name}={value}" for name, value in shown.items()), flush=True)
+        append_record(RESULTS / "data.jsonl", {"benchmark": kind, **row, "machine": machine})
 
 
 def run_measured(

@@ -2,38 +2,43 @@
 
 import pytest
 import torch
-from kernels_gpu import contest
-from kernels_gpu.contest import AbsentError, DeviceLostError, Expected, Peer, Problem, Run
-from kernels_gpu.shapes import Work
+
+from benchmarks.kernels import contest
+from benchmarks.kernels.contest import AbsentError, Expected, Peer, Problem, Run, Work
 
 
-def a_problem(limit=1e-3):
+def a_problem():
     """Doubling x: results are out = 2x and dx = 2 dout, truth known for the first row only."""
     x = torch.randn(4, 8, requires_grad=True)
     dout = torch.randn(4, 8)
+    first = torch.tensor([0])
     return Problem(
-        op="double",
-        model="none",
-        tokens=4,
-        row="",
         inputs=[x],
         douts=[dout],
         work={"fwd": Work(1e6, "byte"), "bwd": Work(2e6, "byte")},
-        limit=limit,
+        limit=1e-3,
         expected=[
-            Expected("out", 2 * x.detach()[0].double(), lambda results: results[0][0]),
-            Expected("dx", 2 * dout[0].double(), lambda results: results[1][0]),
+            Expected("out", 0, 2 * x.detach()[:1].double(), first),
+            Expected("dx", 1, 2 * dout[:1].double(), first),
         ],
     )
 
 
 def double(problem):
-    return contest.autograd_run(lambda x: 2 * x, problem)
+    return lambda x: 2 * x
 
 
-def hold(peers, measure=contest.cpu_measure):
+def hold(*peers, measure=contest.cpu_measure):
     announced = []
     return contest.hold_contest(a_problem(), peers, measure, announced.append), announced
+
+
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch):
+    monkeypatch.setattr(contest, "ROUNDS_S", 0.0)
+
+
+OURS, TORCH = Peer("ours", double), Peer("torch", double)
 
 
 def test_relative_error_works_in_pieces_and_knows_nan(monkeypatch):
@@ -46,68 +51,76 @@ def test_relative_error_works_in_pieces_and_knows_nan(monkeypatch):
     assert not contest.relative_error(off, exact) <= 1e9
 
 
-def test_contestants_take_turns_and_the_first_round_does_not_count(monkeypatch):
-    monkeypatch.setattr(contest, "ROUNDS_S", 0.0)
+def test_contestants_take_turns_and_the_first_round_does_not_count():
     clock = iter(range(1000))
-
-    def measure(call):
-        return float(next(clock)), call()
-
-    outcome, announced = hold([Peer("ours", double), Peer("peer", double)], measure)
+    outcome, announced = hold(
+        OURS, Peer("peer", double), measure=lambda call: (float(next(clock)), call())
+    )
     rounds = contest.MIN_ROUNDS
     assert announced == ["ours", "peer"] + ["ours", "peer"] * (rounds + 1)
     # Two calls each per round; the first round took the times 0 to 3.
     assert outcome.times_ms["ours"]["fwd"] == [4.0 * turn for turn in range(1, rounds + 1)]
     assert outcome.times_ms["peer"]["bwd"] == [4.0 * turn + 3 for turn in range(1, rounds + 1)]
-    assert rounds < contest.MAX_ROUNDS and not outcome.absent and not outcome.errors
+    assert rounds < contest.MAX_ROUNDS and not outcome.failed
 
 
 def test_ours_wrong_ends_the_contest_and_says_what_differs():
-    wrong = Peer("ours", lambda problem: contest.autograd_run(lambda x: 2.01 * x, problem))
-    outcome, announced = hold([wrong, Peer("peer", double)])
-    assert len(outcome.errors) == 2 and "ours: out is off by 5" in outcome.errors[0]
-    assert "dx" in outcome.errors[1]
+    outcome, announced = hold(Peer("ours", lambda problem: lambda x: 2.01 * x), TORCH)
+    assert outcome.failed["ours"].startswith("out is off by 5")
+    assert "; dx is off by 5" in outcome.failed["ours"]
     assert outcome.times_ms == {} and announced == ["ours"]
 
 
-def test_peers_that_fail_or_are_wrong_are_named_and_not_timed():
-    def absent(problem):
-        raise AbsentError("knows no documents")
-
-    def missing(problem):
-        import no_such_package_anywhere  # noqa: F401
-
-    def differs_beyond_the_truth(problem):
-        def run(x):
-            return torch.cat([2 * x[:3], 3 * x[3:]])
-
-        return contest.autograd_run(run, problem)
-
-    peers = {
-        "absent": absent,
-        "missing": missing,
-        "wrong": lambda problem: contest.autograd_run(lambda x: x, problem),
-        "nan": lambda problem: contest.autograd_run(lambda x: x * float("nan"), problem),
-        "differs": differs_beyond_the_truth,
-        "one result": lambda problem: Run({"fwd": lambda: [2 * problem.inputs[0].detach()]}),
-        "floor": lambda problem: Run({"fwd": lambda: [torch.zeros(1)]}),
-    }
-    outcome, _ = hold([Peer("ours", double), *(Peer(*item) for item in peers.items())])
-    assert set(outcome.times_ms) == {"ours", "floor"}
-    assert outcome.absent["absent"] == "knows no documents"
-    assert "no_such_package_anywhere" in outcome.absent["missing"]
-    assert "out is off by 5.0e-01" in outcome.absent["wrong"]
-    assert "out is off by nan" in outcome.absent["nan"]
-    assert outcome.absent["differs"].startswith("result 0 differs from ours")
-    assert "list index out of range" in outcome.absent["one result"]
+def absent(problem):
+    raise AbsentError("knows no documents")
 
 
-def test_a_peer_that_fails_while_timed_is_named(monkeypatch):
-    monkeypatch.setattr(contest, "ROUNDS_S", 0.0)
+def differs_beyond_the_truth(problem):
+    return lambda x: torch.cat([2 * x[:3], 3 * x[3:]])
+
+
+def forward_alone(is_partial, factor=2):
+    def build(problem):
+        x = problem.inputs[0].detach()
+        return Run({"fwd": lambda: [factor * x]}, is_partial=is_partial)
+
+    return build
+
+
+@pytest.mark.parametrize(
+    "peer, reason",
+    [
+        (Peer("peer", absent), "knows no documents"),
+        (Peer("peer", double, "no_such_package:x"), "ModuleNotFoundError: No module named"),
+        (Peer("peer", double, "json:no_such_name"), "AttributeError: module 'json'"),
+        (Peer("peer", lambda problem: lambda x: 1 * x), "out is off by 5.0e-01, allowed 1e-03"),
+        (Peer("peer", lambda problem: lambda x: x * float("nan")), "out is off by nan"),
+        (Peer("peer", differs_beyond_the_truth), "result 0 differs from ours"),
+        (Peer("peer", forward_alone(False)), "IndexError: list index out of range"),
+        (Peer("peer", forward_alone(True, 3)), "out is off by"),
+    ],
+)
+def test_a_peer_that_fails_or_is_wrong_is_named_and_not_timed(peer, reason):
+    outcome, _ = hold(OURS, TORCH, peer)
+    assert outcome.failed.keys() == {"peer"} and outcome.failed["peer"].startswith(reason)
+    assert outcome.times_ms == {}
+    # Beside PyTorch's own, ours is timed in any case.
+    assert hold(OURS, peer)[0].times_ms.keys() == {"ours"}
+
+
+def test_a_floor_is_not_checked_and_a_partial_run_is_as_far_as_it_goes():
+    floor = Peer("floor", lambda problem: Run({"fwd": lambda: [torch.zeros(1)]}))
+    outcome, _ = hold(OURS, TORCH, floor)
+    assert outcome.times_ms.keys() == {"ours", "torch", "floor"}
+    outcome, _ = hold(OURS, TORCH, Peer("partial", forward_alone(True)))
+    assert outcome.times_ms["partial"].keys() == {"fwd"} and not outcome.failed
+
+
+def test_a_peer_that_fails_while_timed_is_named():
     calls = []
 
-    def make(problem):
-        run = double(problem)
+    def build(problem):
+        run = contest.autograd_run(lambda x: 2 * x, problem)
 
         def forward():
             calls.append(1)
@@ -117,27 +130,26 @@ def test_a_peer_that_fails_while_timed_is_named(monkeypatch):
 
         return Run({"fwd": forward, "bwd": run.phases["bwd"]})
 
-    outcome, _ = hold([Peer("ours", double), Peer("peer", make)])
-    assert outcome.absent == {"peer": "failed when timed: RuntimeError: at 52:12: ... no memory"}
-    assert set(outcome.times_ms) == {"ours"} and len(outcome.times_ms["ours"]["fwd"]) > 1
+    outcome, _ = hold(OURS, TORCH, Peer("peer", build))
+    assert outcome.failed == {"peer": "failed when timed: RuntimeError: at 52:12: ... no memory"}
+    assert outcome.times_ms.keys() == {"ours", "torch"} and len(outcome.times_ms["ours"]["fwd"]) > 1
 
 
 def test_contestants_do_not_see_what_others_did_to_the_inputs():
     def spoil(problem):
-        run = double(problem)
+        spoiled = problem.fresh_inputs()
+        run = contest.autograd_run(lambda x: 2 * x, problem, spoiled)
 
         def forward():
             outs = run.phases["fwd"]()
             with torch.no_grad():
-                for x in spoiled:
-                    x.zero_()
+                spoiled[0].zero_()
             return outs
 
-        spoiled = problem.fresh_inputs()
         return Run({"fwd": forward, "bwd": run.phases["bwd"]})
 
-    outcome, _ = hold([Peer("ours", double), Peer("spoils", spoil), Peer("peer", double)])
-    assert set(outcome.times_ms) == {"ours", "spoils", "peer"}
+    outcome, _ = hold(OURS, Peer("spoils", spoil), Peer("peer", double))
+    assert outcome.times_ms.keys() == {"ours", "spoils", "peer"}
 
 
 def test_a_lost_gpu_ends_the_process_not_the_peer(monkeypatch):
@@ -146,19 +158,8 @@ def test_a_lost_gpu_ends_the_process_not_the_peer(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
-    with pytest.raises(DeviceLostError, match="illegal memory access"):
-        hold([Peer("ours", double)])
-
-
-def test_a_failure_of_ours_while_timed_is_an_error(monkeypatch):
-    monkeypatch.setattr(contest, "ROUNDS_S", 0.0)
-
-    def measure(call):
-        raise RuntimeError("launch failed")
-
-    outcome, _ = hold([Peer("ours", double)], measure)
-    assert outcome.errors == ["ours: failed when timed: RuntimeError: launch failed"]
-    assert outcome.times_ms == {}
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        hold(OURS)
 
 
 def test_gpu_time_starts_after_the_cache_was_flushed(monkeypatch):

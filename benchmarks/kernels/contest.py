@@ -1,6 +1,7 @@
-"""Contests: one problem, our operator and its peers, checked against the truth, timed in turns."""
+"""A contest: one problem, ours and others, checked against the truth, then timed in turns."""
 
 import gc
+import importlib
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ import torch
 # part of the work, to be compared with.
 OURS, FLOOR = "ours", "floor"
 MIN_ROUNDS, MAX_ROUNDS = 3, 20
-ROUNDS_S = 4.0  # rounds are added until they take this long together
+ROUNDS_S = 1.0  # rounds are added until they take this long together
 PIECE = 1 << 27  # elements that are widened at a time
 # A contestant may differ from ours by the roundings of both.
 BETWEEN_CONTESTANTS = 2.0
@@ -24,11 +25,7 @@ Measure = Callable[[Callable[[], Tensors]], tuple[float, Tensors]]
 
 
 class AbsentError(Exception):
-    """A peer that cannot take part in this problem; the text says why."""
-
-
-class DeviceLostError(Exception):
-    """The GPU answers no more in this process: it must end and a new one go on."""
+    """A contestant that cannot take part in this problem; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -41,26 +38,30 @@ class Work:
 
 @dataclass(frozen=True)
 class Expected:
-    """The truth of (a part of) one result, fp32 or fp64."""
+    """The truth of one result, fp32 or fp64; with `tokens` of these rows of it."""
 
     name: str
+    result: int
     value: torch.Tensor
-    pick: Callable[[Tensors], torch.Tensor]
+    tokens: torch.Tensor | None = None
+
+    def pick(self, results: Tensors) -> torch.Tensor:
+        """What is compared with the truth."""
+        picked = results[self.result]
+        return picked if self.tokens is None else picked[self.tokens]
 
 
 @dataclass(kw_only=True)
 class Problem:
     """One operator at one shape. Results are the outputs, then the inputs' gradients."""
 
-    op: str
-    model: str
-    tokens: int
-    row: str  # "one document", "ragged", or "" where documents do not matter
     inputs: Tensors
     douts: Tensors  # gradients of the outputs
-    work: dict[str, Work]  # of each phase, in order
+    work: dict[str, Work]  # by phase: "fwd" and "bwd", or both as one "step"
     limit: float  # largest relative error (Frobenius norm)
     expected: list[Expected] = field(default_factory=list)
+    formula: Callable[..., Any] | None = None  # outputs of the inputs, in plain PyTorch
+    constants: dict[str, Any] = field(default_factory=dict)  # what else contestants read
     note: str = ""
 
     def fresh_inputs(self) -> Tensors:
@@ -71,48 +72,61 @@ class Problem:
         ]
 
 
-def _nothing() -> None:
-    """No preparation."""
-
-
 @dataclass(frozen=True)
 class Run:
     """A contestant on a problem: phases that are called and timed in order.
 
     Together the phases return the problem's results, or what `unpack` makes them from. `setup` runs
-    before each round. Neither is timed.
+    before each round. Neither is timed. A partial run returns the first of the results alone.
     """
 
     phases: dict[str, Callable[[], Tensors]]
-    setup: Callable[[], None] = _nothing
+    setup: Callable[[], None] | None = None
     unpack: Callable[[torch.Tensor], Tensors] | None = None  # of each result
+    is_partial: bool = False
+
+    def prepare(self) -> None:
+        """What each round begins with."""
+        if self.setup is not None:
+            self.setup()
+
+    def once(self) -> Tensors:
+        """All results of one round."""
+        self.prepare()
+        results = [tensor for phase in self.phases.values() for tensor in phase()]
+        if self.unpack is None:
+            return results
+        return [part for tensor in results for part in self.unpack(tensor)]
 
 
 @dataclass(frozen=True)
 class Peer:
-    """`make` imports and builds a contestant; any exception it raises is named in the table."""
+    """A contestant.
+
+    Args:
+        build: makes of a problem, and of the symbol if there is one, a function of the problem's
+            inputs or a Run.
+        symbol: "module:name" of what is imported, in the process that is started for it alone.
+    """
 
     name: str
-    make: Callable[[Any], Run]
+    build: Callable[..., Callable[..., Any] | Run]
+    symbol: str = ""
 
-    @property
-    def is_ours(self) -> bool:
-        """Whether a wrong result of it ends the contest."""
-        return self.name.startswith(OURS)
-
-    @property
-    def is_checked(self) -> bool:
-        """Whether its results must be right."""
-        return not self.name.startswith(FLOOR)
+    def start(self, problem: Problem) -> Run:
+        """Import and build it; raises whatever its package does."""
+        module, _, name = self.symbol.partition(":")
+        imported = [getattr(importlib.import_module(module), name)] if module else []
+        built = self.build(problem, *imported)
+        return built if isinstance(built, Run) else autograd_run(built, problem)
 
 
 @dataclass
 class Outcome:
-    """What came of a contest: milliseconds by contestant and phase, or why not."""
+    """Milliseconds by contestant, phase and round, and why a contestant was not timed."""
 
     times_ms: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    absent: dict[str, str] = field(default_factory=dict)
-    errors: list[str] = field(default_factory=list)  # what of ours is wrong
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 def autograd_run(
@@ -134,23 +148,9 @@ def autograd_run(
         kept.clear()
         return list(grads)
 
+    if "step" in problem.work:
+        return Run({"step": lambda: [*forward(), *backward()]})
     return Run({"fwd": forward, "bwd": backward})
-
-
-def whole_run(function: Callable[..., torch.Tensor], problem: Problem) -> Run:
-    """Forward and backward as one phase, "step": for what makes gradients in its forward."""
-    parts = autograd_run(function, problem)
-    forward, backward = parts.phases.values()
-    return Run({"step": lambda: [*forward(), *backward()]})
-
-
-def run_once(run: Run) -> Tensors:
-    """All results of one round."""
-    run.setup()
-    results = [tensor for phase in run.phases.values() for tensor in phase()]
-    if run.unpack is None:
-        return results
-    return [part for tensor in results for part in run.unpack(tensor)]
 
 
 def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
@@ -168,101 +168,93 @@ def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
     return (off / whole).sqrt().item()
 
 
-def errors_of(results: Tensors, problem: Problem) -> list[str]:
-    """Which results differ from the truth by more than the problem's limit."""
+def find_errors(
+    results: Tensors, problem: Problem, ours: Tensors, is_partial: bool = False
+) -> list[str]:
+    """Which results differ from the truth, or over all elements from ours (empty: not compared).
+
+    With is_partial there may be fewer of them than ours.
+    """
     errors = []
     for expected in problem.expected:
+        if is_partial and expected.result >= len(results):
+            continue
         error = relative_error(expected.pick(results), expected.value)
         if not error <= problem.limit:
             errors.append(f"{expected.name} is off by {error:.1e}, allowed {problem.limit:.0e}")
-    return errors
-
-
-def differences(results: Tensors, ours: Tensors, limit: float) -> list[str]:
-    """Which results of a peer differ from ours, over all elements."""
-    if len(results) != len(ours):
+    if errors or not ours:
+        return errors
+    if len(results) != len(ours) and not is_partial:
         return [f"returns {len(results)} results, not {len(ours)}"]
-    errors = [relative_error(result, our) for result, our in zip(results, ours)]
+    differences = [relative_error(result, our) for result, our in zip(results, ours)]
     return [
-        f"result {i} differs from ours by {error:.1e}"
-        for i, error in enumerate(errors)
-        if not error <= BETWEEN_CONTESTANTS * limit
+        f"result {number} differs from ours by {difference:.1e}"
+        for number, difference in enumerate(differences)
+        if not difference <= BETWEEN_CONTESTANTS * problem.limit
     ]
 
 
 def describe(error: BaseException) -> str:
     """Type, first and last line of an exception: compilers put the place first, the reason last."""
+    if isinstance(error, AbsentError):
+        return str(error)
     lines = [line.strip()[:120] for line in str(error).splitlines() if line.strip()]
     text = " ... ".join(dict.fromkeys(lines[:1] + lines[-1:]))
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
+def _settle() -> None:
+    """Give memory back; raises if a contestant broke the GPU context, which ends the process."""
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
 
-def _check_device() -> None:
-    """Raise DeviceLostError if an earlier launch broke this process's GPU context."""
-    if not torch.cuda.is_initialized():
-        return
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError as error:
-        raise DeviceLostError(describe(error)) from error
-
-
 def hold_contest(
-    problem: Problem, peers: Sequence[Peer], measure: Measure, announce: Announce
+    problem: Problem, contestants: Sequence[Peer], measure: Measure, announce: Announce
 ) -> Outcome:
     """Check every contestant, then time those that are right, in turns.
 
     Args:
-        peers: ours first. If it fails or is wrong, nothing is timed.
+        contestants: ours, then PyTorch's own, then the peer whose contest this is (which may be
+            PyTorch's own). If ours or that peer is wrong, nothing is timed: except PyTorch's own,
+            beside which ours is timed in any case.
         announce: called with a contestant's name before anything of it runs.
-
-    Raises:
-        DeviceLostError: a contestant broke the GPU context.
     """
     outcome = Outcome()
     runs: dict[str, Run] = {}
     ours: Tensors = []
-    for peer in peers:
+    for peer in contestants:
         announce(peer.name)
-        run, results, wrong = _admit(peer, problem, ours)
-        _check_device()
+        run, results, reason = _admit(peer, problem, ours)
+        _settle()
         if run is not None:
             runs[peer.name] = run
             ours = ours or results
-        elif peer.is_ours:
-            outcome.errors = [f"{peer.name}: {reason}" for reason in wrong]
+            continue
+        outcome.failed[peer.name] = reason
+        if peer is contestants[0] or peer in contestants[2:]:
             return outcome
-        else:
-            outcome.absent[peer.name] = "; ".join(wrong)
-            torch.cuda.empty_cache()
-        del run, results
-    ours.clear()
-    _free()
+    ours, results = [], []
+    _settle()
     _time_in_turns(runs, outcome, measure, announce)
     return outcome
 
 
-def _admit(peer: Peer, problem: Problem, ours: Tensors) -> tuple[Run | None, Tensors, list[str]]:
+def _admit(peer: Peer, problem: Problem, ours: Tensors) -> tuple[Run | None, Tensors, str]:
     """A contestant's run and results, or why it is not let in."""
     try:
-        run = peer.make(problem)
-        results = run_once(run)
-        wrong = errors_of(results, problem) if peer.is_checked else []
-        if peer.is_checked and ours and not wrong:
-            wrong = differences(results, ours, problem.limit)
-    except AbsentError as error:
-        wrong = [str(error)]
+        run = peer.start(problem)
+        results = run.once()
+        if peer.name.startswith(FLOOR):
+            return run, results, ""
+        errors = find_errors(results, problem, ours, run.is_partial)
     except Exception as error:  # peers fail in their own ways: each is named, none ends the run
-        wrong = [describe(error)]
-        if peer.is_ours:
+        if not isinstance(error, AbsentError):
             traceback.print_exc()
-    return (None, [], wrong) if wrong else (run, results, [])
+        errors = [describe(error)]
+    return (None, [], "; ".join(errors)) if errors else (run, results, "")
 
 
 def _time_in_turns(
@@ -279,15 +271,10 @@ def _time_in_turns(
             try:
                 spent = _time_round(runs[name], measure)
             except Exception as error:  # as above
-                _check_device()
-                reason = f"failed when timed: {describe(error)}"
-                if name.startswith(OURS):
-                    outcome.errors.append(f"{name}: {reason}")
-                    traceback.print_exc()
-                else:
-                    outcome.absent[name] = reason
+                traceback.print_exc()
+                outcome.failed[name] = f"failed when timed: {describe(error)}"
                 del runs[name], times[name]
-                _free()
+                _settle()
                 continue
             for phase, milliseconds in spent.items():
                 if turn:
@@ -300,7 +287,7 @@ def _time_in_turns(
 
 
 def _time_round(run: Run, measure: Measure) -> dict[str, float]:
-    run.setup()
+    run.prepare()
     spent = {}
     for phase, call in run.phases.items():
         spent[phase], results = measure(call)
