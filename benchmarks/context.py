@@ -1,6 +1,6 @@
 """Judge plans of context parallelism on ragged rows: balance, traffic, planning time.
 
-    OMP_NUM_THREADS=1 python benchmarks/context.py [--rows 20] [--quick]
+    OMP_NUM_THREADS=1 python -m benchmarks.context [--rows 20] [--quick]
 
 Rows are drawn from MagiAttention's published histogram of document lengths and from a mix like
 ProLong's. Strategies are side by side on the same rows. Columns: attention area, max over mean of
@@ -9,7 +9,7 @@ mean rank, and the least the worst rank could have with equal tokens; predicted 
 Llama-3-8B layer's attention as a ring, forward and backward, on H100s joined by NVLink, and in
 InfiniBand nodes of eight; planning time in milliseconds of CPU time, least of several runs, mean
 and worst of the rows. plan_row goes for even area; "fastest" is plan_row with the rates of the
-link, each link its own. "ways" compares what parallel.cp_comm = "auto" chooses from, on both links.
+link, each link its own. The modes are what parallel.cp_comm = "auto" chooses from, on both links.
 
 Prints tables and appends one JSON object to benchmarks/results/context_plan.jsonl. Plans are
 checked first; if one is wrong, or "fastest" slower than another, nothing is timed and the exit code
@@ -17,19 +17,16 @@ is 1.
 """
 
 import argparse
-import json
-import os
-import platform
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.timing import HISTOGRAM, RESULTS, append_record, describe_machine
 from lclm.context.plan.cost import (
     CostModel,
     choose_fastest,
@@ -52,9 +49,6 @@ from lclm.context.plan.rates import LINKS, published
 from lclm_kernels.native.context_plan import assign_chunks
 from lclm_kernels.native.ops import load_native
 
-FOLDER = Path(__file__).resolve().parent
-HISTOGRAM = FOLDER / "data" / "doc_lengths_magi.csv"
-RESULTS = FOLDER / "results" / "context_plan.jsonl"
 K = 1024
 # (row length, longest document, chunk): the settings to reach, then those over all cp sizes
 SETTINGS = ((64 * K, 16 * K, 128), (512 * K, 256 * K, 512))
@@ -94,22 +88,18 @@ STRATEGIES: dict[str, Strategy] = {
 }
 
 
-def prolong_row(
-    histogram: LengthHistogram, row_length: int, rng: np.random.Generator
-) -> np.ndarray:
-    """A row as of ProLong's second stage: one piece, eight, or short documents."""
-    kind = rng.choice(3, p=[0.2, 0.4, 0.4])
-    if kind == 0:
-        return np.array([row_length])
-    if kind == 1:
-        return np.full(8, row_length // 8)
-    return histogram.draw_row(rng, row_length, row_length // 8)
-
-
 def prolong_rows(histogram: LengthHistogram, row_length: int, count: int) -> list[np.ndarray]:
-    """The same rows for every strategy."""
+    """Rows as of ProLong's second stage: one piece, eight, or short documents."""
     rng = np.random.default_rng(0)
-    return [prolong_row(histogram, row_length, rng) for _ in range(count)]
+
+    def draw() -> np.ndarray:
+        kind = rng.choice(3, p=[0.2, 0.4, 0.4])
+        if kind < 2:
+            pieces = 8 if kind else 1
+            return np.full(pieces, row_length // pieces)
+        return histogram.draw_row(rng, row_length, row_length // 8)
+
+    return [draw() for _ in range(count)]
 
 
 def draw_rows(
@@ -132,29 +122,28 @@ def least_milliseconds(call: Callable[[], Any], repeats: int) -> float:
 
 def judge(
     strategy: Strategy, rows: list[np.ndarray], cp_size: int, chunk: int, repeats: int
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Quality and planning time of one strategy over the rows."""
-    balance, worst, mean, least, layer, planning = [], [], [], [], [], []
+    figures: dict[str, list[Any]] = defaultdict(list)
     costs = costs_of(cp_size)
     for lengths in rows:
         plan = strategy(lengths, cp_size, chunk)
         predictions = [predict(plan, cost) for cost in costs.values()]
         share = traffic_share(plan)
-        balance.append(predictions[0].area_imbalance)
-        worst.append(share.max())
-        mean.append(share.mean())
-        least.append(least_worst_share(plan))
-        layer.append([1e3 * prediction.seconds for prediction in predictions])
-        planning.append(least_milliseconds(partial(strategy, lengths, cp_size, chunk), repeats))
+        figures["area"].append(predictions[0].area_imbalance)
+        figures["worst_share"].append(share.max())
+        figures["mean_share"].append(share.mean())
+        figures["least_worst_share"].append(least_worst_share(plan))
+        figures["layer"].append([1e3 * prediction.seconds for prediction in predictions])
+        call = partial(strategy, lengths, cp_size, chunk)
+        figures["plan_ms"].append(least_milliseconds(call, repeats))
+    means = {name: np.mean(values, axis=0).tolist() for name, values in figures.items()}
     return {
-        "area_mean": float(np.mean(balance)),
-        "area_worst": float(np.max(balance)),
-        "worst_share": float(np.mean(worst)),
-        "mean_share": float(np.mean(mean)),
-        "least_worst_share": float(np.mean(least)),
-        "layer_ms": dict(zip(costs, np.mean(layer, axis=0).tolist())),
-        "plan_ms": float(np.mean(planning)),
-        "plan_ms_worst": float(np.max(planning)),
+        "area_mean": means.pop("area"),
+        "area_worst": float(np.max(figures["area"])),
+        "layer_ms": dict(zip(costs, means.pop("layer"))),
+        "plan_ms_worst": float(np.max(figures["plan_ms"])),
+        **means,
     }
 
 
@@ -198,7 +187,7 @@ def compare(
             for link, cost in costs_of(cp_size).items()
         }
         lines.append({"cp": cp_size, "strategy": "fastest", "layer_ms": fastest})
-        lines += compare_ways(rows, cp_size)
+        lines += compare_modes(rows, cp_size)
     print_table(title, lines)
     return {"title": title, "rows": len(rows), "lines": lines}
 
@@ -208,8 +197,8 @@ def fastest_seconds(lengths: np.ndarray, cp_size: int, chunk: int, cost: CostMod
     return predict(plan_row(lengths, cp_size, chunk, cost), cost).seconds
 
 
-def compare_ways(rows: list[np.ndarray], cp_size: int) -> list[dict[str, Any]]:
-    """One line per way of the keys, with its best layout, and the links on which it is chosen."""
+def compare_modes(rows: list[np.ndarray], cp_size: int) -> list[dict[str, Any]]:
+    """One line per communication mode: its best layout, and the links on which it is chosen."""
     by_link = {
         link: compare_comms("auto", rows, cp_size, cost) for link, cost in costs_of(cp_size).items()
     }
@@ -217,7 +206,7 @@ def compare_ways(rows: list[np.ndarray], cp_size: int) -> list[dict[str, Any]]:
     for comm in next(iter(by_link.values())):
         times = {link: 1e3 * found[comm] for link, found in by_link.items()}
         chosen = [link for link, found in by_link.items() if comm == choose_fastest(found)]
-        name = " ".join([f"way {comm}", *chosen])
+        name = " ".join([f"mode {comm}", *chosen])
         lines.append({"cp": cp_size, "strategy": name, "layer_ms": times})
     return lines
 
@@ -252,22 +241,6 @@ def find_errors(histogram: LengthHistogram) -> list[str]:
                 if (plans[0] != plans[1]).any():
                     errors.append(f"C++ and NumPy differ on a row of {row_length}")
     return errors
-
-
-def describe_machine() -> dict[str, Any]:
-    """What a reader needs to judge the times."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.machine(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "native": load_native() is not None,
-    }
 
 
 def run(histogram: LengthHistogram, count: int, quick: bool) -> list[dict[str, Any]]:
@@ -310,15 +283,10 @@ def main() -> int:
     if errors:
         print(f"error: wrong plans, nothing timed: {'; '.join(errors)}", file=sys.stderr)
         return 1
-    record = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": describe_machine(),
-        "tables": run(histogram, arguments.rows, arguments.quick),
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a", encoding="ascii") as file:
-        file.write(json.dumps(record) + "\n")
-    print(f"\nappended to {RESULTS}")
+    machine = describe_machine() | {"native": load_native() is not None}
+    tables = run(histogram, arguments.rows, arguments.quick)
+    append_record(RESULTS / "context_plan.jsonl", {"machine": machine, "tables": tables})
+    print(f"\nappended to {RESULTS / 'context_plan.jsonl'}")
     return 0
 
 

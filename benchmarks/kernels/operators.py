@@ -160,23 +160,25 @@ def loss_formula(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tenso
     return functional.cross_entropy(logits, labels, reduction="sum")
 
 
-def expect_by_chunks(
+def tokenwise_problem(
     formula: Callable[..., Any],
     names: str,
     rows: Tensors,
-    params: Tensors,
-    tables: Tensors,
     douts: Tensors,
-) -> list[Expected]:
-    """The truth of an operator that treats every token by itself, in fp32, by chunks of tokens.
+    params: Sequence[torch.Tensor] = (),
+    tables: Sequence[torch.Tensor] = (),
+    **more: Any,
+) -> Problem:
+    """The problem of an operator that treats every token by itself; its truth by chunks of tokens.
 
     Args:
         formula: of rows, params and tables.
         names: of the outputs, then of the gradients of rows and params.
         rows: inputs [T, ...]. Without params only the first and last chunk are computed.
+        douts: gradients of the outputs: [T, ...], or of a sum over tokens.
         params: inputs whose gradients are sums over tokens.
         tables: constants [T, ...].
-        douts: gradients of the outputs: [T, ...], or of a sum over tokens.
+        more: see `Problem`.
     """
     starts = list(range(0, len(rows[0]), CHUNK_TOKENS))
     wide_params = [x.detach().float().requires_grad_() for x in params]
@@ -190,32 +192,19 @@ def expect_by_chunks(
         tokens.append(torch.arange(len(rows[0]), device=rows[0].device)[chunk])
         values.append([*(out.detach() for out in outs), *(x.grad for x in wide_rows)])
     checked = torch.cat(tokens)
-    expected = []
-    for number, (name, parts) in enumerate(zip(names.split(), zip(*values))):
-        if parts[0].dim():
-            expected.append(Expected(name, number, torch.cat(parts), checked))
-        else:
-            expected.append(Expected(name, number, torch.stack(parts).double().sum()))
-    for name, param in zip(names.split()[len(expected) :], wide_params):
-        expected.append(Expected(name, len(expected), param.grad))
-    return expected
-
-
-def tokenwise_problem(
-    formula: Callable[..., Any],
-    names: str,
-    rows: Tensors,
-    params: Tensors,
-    tables: Tensors,
-    douts: Tensors,
-    **more: Any,
-) -> Problem:
-    """A problem from what `expect_by_chunks` takes; see `Problem` for the rest."""
+    truths = [
+        (torch.cat(parts), checked) if parts[0].dim() else (torch.stack(parts).sum(), None)
+        for parts in zip(*values)
+    ]
+    truths += [(param.grad, None) for param in wide_params]
     return Problem(
         inputs=[*rows, *params],
         douts=douts,
         formula=lambda *inputs: formula(*inputs, *tables),
-        expected=expect_by_chunks(formula, names, rows, params, tables, douts),
+        expected=[
+            Expected(name, number, value, where)
+            for number, (name, (value, where)) in enumerate(zip(names.split(), truths))
+        ],
         **{"limit": MAX_ERROR[rows[0].dtype], **more},
     )
 
@@ -234,7 +223,7 @@ def rope_problem(case: Case, dtype: torch.dtype) -> Problem:
     token = 2 * dtype.itemsize * (model.N + model.K) * model.H + FP32 * model.H
     more = {"work": moved(case.tokens * token, 1, 1)}
     more["constants"] = {"cos": cos, "sin": sin, "wide": wide}
-    return tokenwise_problem(rope_formula, "q k dq dk", rows, [], wide, douts, **more)
+    return tokenwise_problem(rope_formula, "q k dq dk", rows, douts, tables=wide, **more)
 
 
 def rms_norm_problem(case: Case, dtype: torch.dtype) -> Problem:
@@ -244,7 +233,7 @@ def rms_norm_problem(case: Case, dtype: torch.dtype) -> Problem:
     weight = (1 + 0.1 * torch.randn(model.D)).to(dtype).requires_grad_()
     work = moved(x.nbytes, 2, 3)
     names, douts = "y dx dweight", [torch.randn_like(x)]
-    return tokenwise_problem(rms_norm_formula, names, [x], [weight], [], douts, work=work)
+    return tokenwise_problem(rms_norm_formula, names, [x], douts, [weight], work=work)
 
 
 def swiglu_problem(case: Case, dtype: torch.dtype) -> Problem:
@@ -253,7 +242,7 @@ def swiglu_problem(case: Case, dtype: torch.dtype) -> Problem:
     x = random((case.tokens, 2 * model.F), dtype)
     dout = torch.randn(case.tokens, model.F, dtype=dtype)
     work = moved(dout.nbytes, 3, 5)
-    return tokenwise_problem(swiglu_formula, "y dx", [x], [], [], [dout], work=work)
+    return tokenwise_problem(swiglu_formula, "y dx", [x], [dout], work=work)
 
 
 def loss_problem(case: Case, dtype: torch.dtype) -> Problem:
@@ -268,7 +257,7 @@ def loss_problem(case: Case, dtype: torch.dtype) -> Problem:
     more: dict[str, Any] = {"limit": MAX_LOSS_ERROR[dtype], "constants": {"labels": labels}}
     more["work"] = {"step": Work(6.0 * case.tokens * model.D * model.V, "flop")}
     names, douts = "loss dhidden dweight", [torch.ones(())]
-    return tokenwise_problem(loss_formula, names, [hidden], [weight], [labels], douts, **more)
+    return tokenwise_problem(loss_formula, names, [hidden], douts, [weight], [labels], **more)
 
 
 def adamw_problem(case: Case, _: torch.dtype) -> Problem:

@@ -1,34 +1,29 @@
-"""Train on the same rows with every way of the keys, and judge what "auto" chose.
+"""Train on the same rows with every communication mode, and judge what "auto" chose.
 
-    OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 benchmarks/context_ways.py [--rounds 6]
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 -m benchmarks.context_parallel [--rounds 6]
 
 The model is the quickstart's with 8 query and 4 kv heads. Rows are drawn from MagiAttention's
 published histogram of document lengths with documents of up to a quarter of the row, or are one
-document. The ways take turns, step by step. Columns: tokens per second of CPU time, all ranks
+document. The modes take turns, step by step. Columns: tokens per second of CPU time, all ranks
 together (mean of the rounds, and its standard error), the same of the clock, and the predicted time
 of a layer's attention. CPU time is what other work on the machine does not falsify; it counts
 copies and messages in full, hidden or not. Appends one JSON object to
-benchmarks/results/context_ways.jsonl.
+benchmarks/results/context_parallel.jsonl.
 """
 
-from __future__ import annotations
-
 import argparse
-import json
 import os
-import platform
 import sys
 import time
 import tomllib
 from dataclasses import replace
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from benchmarks.timing import HISTOGRAM, RESULTS, ROOT, append_record, describe_machine
 from lclm.config import Config
 from lclm.context.measure import measure_machine
 from lclm.context.plan.cost import Comm, choose_fastest
@@ -39,10 +34,7 @@ from lclm.data.stage_rows import Row
 from lclm.log import setup_logging
 from lclm.mesh import Mesh, build_mesh, leave
 
-FOLDER = Path(__file__).resolve().parent
-MODEL = FOLDER.parent / "examples" / "configs" / "quickstart.toml"
-HISTOGRAM = FOLDER / "data" / "doc_lengths_magi.csv"
-RESULTS = FOLDER / "results" / "context_ways.jsonl"
+MODEL = ROOT / "examples" / "configs" / "quickstart.toml"
 ROW_LENGTHS = (2048, 8192)
 
 
@@ -80,7 +72,7 @@ def draw_rows(length: int, longest: int, count: int) -> list[Row]:
 
 
 class Bench:
-    """One model, and steps of it with any way of the keys."""
+    """One model, and steps of it with any communication mode."""
 
     def __init__(self, mesh: Mesh, rounds: int) -> None:
         # Megatron-core looks for CUDA when it is imported: not before the mesh is made.
@@ -98,7 +90,7 @@ class Bench:
         self.cost = replace(cost, machine=machine)
 
     def compare(self, row_length: int, longest: int) -> list[dict[str, Any]]:
-        """One record per way."""
+        """One record per mode."""
         from lclm.train.context_setup import build_context
         from lclm.train.micro_batch import MicroBatchBuilder
 
@@ -131,7 +123,7 @@ class Bench:
                     "ranks": size,
                     "row_length": row_length,
                     "longest": longest,
-                    "way": str(comm),
+                    "mode": str(comm),
                     "is_auto": comm == best,
                     "tokens_per_cpu_second": float(rates.mean()),
                     "standard_error": float(rates.std(ddof=1) / len(rates) ** 0.5),
@@ -143,15 +135,15 @@ class Bench:
 
 
 def print_table(records: list[dict[str, Any]]) -> None:
-    """One line per way."""
+    """One line per mode."""
     first = records[0]
     print(
         f"\n{first['ranks']} ranks, rows of {first['row_length']}, documents up to "
-        f"{first['longest']}\n{'way':<18} {'tok/CPU s':>10} {'+-':>6} {'tok/s':>8} {'layer ms':>9}"
+        f"{first['longest']}\n{'mode':<18} {'tok/CPU s':>10} {'+-':>6} {'tok/s':>8} {'layer ms':>9}"
     )
     for record in records:
         print(
-            f"{record['way']:<18} {record['tokens_per_cpu_second']:10.0f} "
+            f"{record['mode']:<18} {record['tokens_per_cpu_second']:10.0f} "
             f"{record['standard_error']:6.0f} {record['tokens_per_second']:8.0f} "
             f"{record['predicted_layer_ms']:9.2f}{'  <- auto' if record['is_auto'] else ''}"
         )
@@ -159,8 +151,10 @@ def print_table(records: list[dict[str, Any]]) -> None:
 
 def main() -> int:
     """Compare, print, append."""
-    parser = argparse.ArgumentParser(description="Ways of the keys in the trainer, side by side.")
-    parser.add_argument("--rounds", type=int, default=6, help="steps of each way (6)")
+    parser = argparse.ArgumentParser(
+        description="Communication modes in the trainer, side by side."
+    )
+    parser.add_argument("--rounds", type=int, default=6, help="steps of each mode (6)")
     arguments = parser.parse_args()
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size < 2 or arguments.rounds < 2:
@@ -177,21 +171,13 @@ def main() -> int:
                 print_table(records)
     if mesh.rank == 0:
         record = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": {
-                "cpu": platform.processor() or platform.machine(),
-                "cores": os.cpu_count(),
-                "load": os.getloadavg()[0],
-                "platform": platform.platform(),
-                "torch": torch.__version__,
-            },
+            "machine": describe_machine() | {"torch": torch.__version__},
             "rates": bench.cost.machine.dump(),
             "rounds": arguments.rounds,
             "results": tables,
         }
-        with RESULTS.open("a", encoding="ascii") as file:
-            file.write(json.dumps(record) + "\n")
-        print(f"\nappended to {RESULTS}")
+        append_record(RESULTS / "context_parallel.jsonl", record)
+        print(f"\nappended to {RESULTS / 'context_parallel.jsonl'}")
     dist.barrier()
     leave(mesh)
     return 0
