@@ -261,9 +261,13 @@ class CheckpointConfig(Section):
     every_steps: int = Field(default=0, ge=0)
     """Steps between checkpoints; one is always written at the end of a stage and of the run."""
     keep: int = Field(default=2, gt=0)
-    """Newest checkpoints that stay; those at the end of a stage always stay."""
+    """Newest checkpoints of this run that stay; those at the end of a stage always stay. Later
+    steps of work that is not gone on with are never deleted: a start moves them to
+    `<run.dir>/abandoned-<n>`."""
     resume: Literal["auto", "never", "required"] = "auto"
-    """`auto`: go on from the run folder's newest checkpoint, or start if there is none."""
+    """`auto`: go on from the checkpoint that the run folder's `latest` names, or from the newest
+    whole one where `latest` is lost; start if there is none. `required`: only go on. `never`: start
+    anew; what is there is moved aside."""
 
 
 class MetricsConfig(Section):

@@ -1,12 +1,14 @@
 """Folders of a checkpoint: where the newest step is, what `lclm.json` says, atomic replacement.
 
-    CKPT_DIR/latest               name of the newest step folder, one line
+    CKPT_DIR/latest               name of the step folder to go on from, one line
     CKPT_DIR/step_00000012/       torch_dist files, `lclm.json`, and perhaps `tokenizer/`
 
 No torch here, so that any tool can look at a checkpoint.
 """
 
 import json
+import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,8 @@ LATEST_NAME = "latest"
 TOKENIZER_FOLDER = "tokenizer"
 MODEL_PREFIX = "model."  # of the weights' keys
 FORMAT_VERSION = 1
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
@@ -67,6 +71,47 @@ def dtype_name(dtype: object) -> str:
 def step_folder_name(step: int) -> str:
     """`step_00000012` for step 12."""
     return f"step_{step:08d}"
+
+
+def list_steps(checkpoint_dir: Path) -> dict[int, Path]:
+    """The step folders by their steps, rising; folders of any other name are not ours."""
+    folders = sorted(path for path in checkpoint_dir.glob("step_*") if path.is_dir())
+    matches = ((re.fullmatch(r"step_(\d{8})", path.name), path) for path in folders)
+    return {int(match[1]): path for match, path in matches if match}
+
+
+def is_whole(step_folder: Path) -> bool:
+    """Whether all that a save writes last is there."""
+    return all((step_folder / name).is_file() for name in (INFO_NAME, ".metadata", "metadata.json"))
+
+
+def find_newest(checkpoint_dir: Path) -> Path | None:
+    """The step folder to go on from: what `latest` names, else the newest whole one.
+
+    None where there is no step at all.
+
+    Raises:
+        CheckpointError: `latest` names no complete step folder, or is missing and no step is whole.
+    """
+    if (checkpoint_dir / LATEST_NAME).is_file():
+        return resolve_step_folder(checkpoint_dir)
+    steps = list_steps(checkpoint_dir)
+    whole = [folder for folder in steps.values() if is_whole(folder)]
+    if whole:
+        logger.warning(
+            "checkpoints %s: %s is missing; of its steps %s the newest whole one is %s",
+            checkpoint_dir,
+            LATEST_NAME,
+            list(steps),
+            whole[-1].name,
+        )
+        return whole[-1]
+    if steps:
+        raise CheckpointError(
+            f"checkpoints {checkpoint_dir}: {LATEST_NAME} is missing and none of the steps "
+            f"{list(steps)} is whole; copy one again, or give another run.dir"
+        )
+    return None
 
 
 def resolve_step_folder(path: str | Path) -> Path:

@@ -14,10 +14,12 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from lclm.checkpoint.folder import (
+    LATEST_NAME,
     MODEL_PREFIX,
     TOKENIZER_FOLDER,
     CheckpointError,
     CheckpointInfo,
+    list_steps,
     read_info,
     step_folder_name,
     write_info,
@@ -154,10 +156,43 @@ def check_architecture(folder: Path, info: CheckpointInfo, config_model: ModelCo
         )
 
 
-def remove_old(checkpoint_dir: Path, keep: int, protected_steps: set[int]) -> None:
-    """Delete all but the newest `keep` step folders and those of `protected_steps`."""
-    folders = sorted(checkpoint_dir.glob("step_????????"))
-    for folder in folders[:-keep]:
-        if int(folder.name.removeprefix("step_")) not in protected_steps:
+def remove_old(checkpoint_dir: Path, keep: int, step: int, protected_steps: set[int]) -> None:
+    """Delete all but the newest `keep` step folders up to `step`, which was just saved.
+
+    Those of `protected_steps` stay, and so does every later one: it is of other work.
+    """
+    mine = [number for number in list_steps(checkpoint_dir) if number <= step]
+    for number in mine[:-keep]:
+        if number not in protected_steps:
+            folder = checkpoint_dir / step_folder_name(number)
             shutil.rmtree(folder)
             logger.info("removed old checkpoint %s", folder.name)
+
+
+def set_aside(run_dir: Path, checkpoint_dir: Path, step: int | None, records: list[str]) -> None:
+    """Move step folders after `step` (None: all) out of the way of a run that starts there.
+
+    They are the work of a run that is not gone on with. They go, with copies of the files
+    `records` of the run folder, to `abandoned-<n>` in it.
+    """
+    later = [p for n, p in list_steps(checkpoint_dir).items() if step is None or n > step]
+    if not later:
+        return
+    number = 1
+    while (run_dir / f"abandoned-{number}").exists():
+        number += 1
+    target = run_dir / f"abandoned-{number}"
+    (target / checkpoint_dir.name).mkdir(parents=True)
+    for name in filter(lambda name: (run_dir / name).is_file(), records):
+        shutil.copyfile(run_dir / name, target / name)
+    if step is None:
+        (checkpoint_dir / LATEST_NAME).unlink(missing_ok=True)  # it would name nothing
+    for folder in later:
+        folder.rename(target / checkpoint_dir.name / folder.name)
+    logger.warning(
+        "this run starts at step %d, so %s of earlier work moved to %s; delete it if it is not "
+        "wanted",
+        step or 0,
+        ", ".join(folder.name for folder in later),
+        target,
+    )

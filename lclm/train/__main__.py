@@ -3,13 +3,14 @@
 import argparse
 import logging
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lclm.command_line import make_parser, run_tool
 from lclm.config import Config
 from lclm.config_file import load_config
-from lclm.log import setup_logging
 
 logger = logging.getLogger("lclm.train")
 
@@ -27,9 +28,8 @@ A run continues from the newest checkpoint in its run folder unless checkpoint.r
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="lclm.train", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(HELP, "")
+    parser.prog = "lclm.train"
     parser.add_argument("config", help="TOML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change")
     parser.add_argument(
@@ -44,46 +44,49 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def prepare(arguments: argparse.Namespace) -> Config:
-    """Load the configuration and, for a dry run, print it."""
-    config = load_config(arguments.config, arguments.overrides)
-    if arguments.dry_run:
-        from lclm.train.stages import describe, missing_data, plan_stages
+def run(options: argparse.Namespace) -> None:
+    """Do what the command line asks for.
 
-        world_size = arguments.world_size or int(os.environ.get("WORLD_SIZE", "1"))
-        missing = missing_data(config)
-        planned = [] if missing else plan_stages(config)
-        sys.stdout.write(describe(config, world_size, planned) + "\n")
-        if missing:
-            sys.stdout.write(f"data       not planned: {', '.join(missing)} not found\n")
-    return config
+    Raises:
+        ValueError: the user's input cannot be run.
+        ToolFailedError: the run had to stop.
+    """
+    config = load_config(options.config, options.overrides)
+    if options.dry_run:
+        dry_run(config, options.world_size or int(os.environ.get("WORLD_SIZE", "1")))
+        return
+    from lclm.mesh import build_mesh, leave
+    from lclm.train.stages import plan_stages
+
+    mesh = build_mesh(config)
+    from lclm.train.loop import Run
+    from lclm.train.start import find_start
+
+    start = find_start(config)
+    planned = plan_stages(config, Path(config.run.dir) / "plans")
+    Run(config, mesh, planned, start).train()
+    leave(mesh)
+
+
+def dry_run(config: Config, world_size: int) -> None:
+    """Print what would run on so many processes."""
+    from lclm.train.stages import describe, missing_data, plan_stages
+
+    missing = missing_data(config)
+    planned = [] if missing else plan_stages(config)
+    sys.stdout.write(describe(config, world_size, planned) + "\n")
+    if missing:
+        sys.stdout.write(f"data       not planned: {', '.join(missing)} not found\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run; 0 on success, 2 when the user's input cannot be run."""
-    parsed = parse_arguments(arguments)
-    setup_logging()
+    """Run; 0 on success, 2 when the user's input cannot be run, 1 when the run had to stop."""
+    name = f"lclm.train: rank {os.environ.get('RANK', '0')} on {socket.gethostname()}"
     try:
-        config = prepare(parsed)
-        if parsed.dry_run:
-            return 0
-        from lclm.mesh import build_mesh, leave
-        from lclm.train.stages import plan_stages
-
-        mesh = build_mesh(config)
-        from lclm.train.loop import Run
-        from lclm.train.start import find_start
-
-        start = find_start(config)
-        planned = plan_stages(config, Path(config.run.dir) / "plans")
-        run = Run(config, mesh, planned, start)
-    except (ValueError, FileNotFoundError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            logger.error("%s", error)
-        return 2
-    run.train()
-    leave(mesh)
-    return 0
+        return run_tool(name, run, parse_arguments(arguments))
+    except Exception as error:
+        logger.error("%s failed with what is no user's error: %r", name, error)
+        raise
 
 
 if __name__ == "__main__":

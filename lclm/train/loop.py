@@ -16,6 +16,7 @@ import torch.distributed as dist
 import lclm
 from lclm.checkpoint import store
 from lclm.checkpoint.folder import CheckpointInfo, dtype_name
+from lclm.command_line import ToolFailedError
 from lclm.config import Config, StageConfig
 from lclm.config_file import dump_toml
 from lclm.data.prefetch import Prefetcher
@@ -25,7 +26,7 @@ from lclm.model.build import build_model, init_weights
 from lclm.optim import learning_rate, reset_state, set_learning_rate
 from lclm.train.context_setup import build_context, find_machine
 from lclm.train.flops import peak_flops, row_flops
-from lclm.train.metrics import RunLog
+from lclm.train.metrics import METRICS_NAME, VALIDATION_NAME, RunLog
 from lclm.train.micro_batch import (
     MicroBatch,
     MicroBatchBuilder,
@@ -34,9 +35,11 @@ from lclm.train.micro_batch import (
 )
 from lclm.train.stages import domain_names, find_position, plan_validation, spread_rows
 from lclm.train.start import Start
-from lclm.train.step import Engine, StepResult
+from lclm.train.step import Engine, NonFiniteError, StepResult
 
 logger = logging.getLogger(__name__)
+
+RESOLVED_NAME = "config.resolved.toml"
 
 
 class Run:
@@ -63,7 +66,13 @@ class Run:
         self.log: RunLog | None = None
         if mesh.rank == 0:
             self.dir.mkdir(parents=True, exist_ok=True)
-            (self.dir / "config.resolved.toml").write_text(
+            store.set_aside(
+                self.dir,
+                self.checkpoint_dir,
+                None if start.checkpoint is None else self.step,
+                [METRICS_NAME, VALIDATION_NAME, RESOLVED_NAME],
+            )
+            (self.dir / RESOLVED_NAME).write_text(
                 "".join(f"# {key}: {value}\n" for key, value in versions().items())
                 + dump_toml(config),
                 encoding="utf-8",
@@ -138,17 +147,39 @@ class Run:
         rate = learning_rate(stage, stage_step)
         settings = self.config.optimizer
         set_learning_rate(self.engine.optimizer, rate, settings.weight_decay, settings.decay_norms)
-        result = self.engine.train_step(
-            waited.iterate(micro_batches),
-            stage.rows_per_step // self.mesh.dp_size,
-            stage.seq_length,
-        )
+        try:
+            result = self.engine.train_step(
+                waited.iterate(micro_batches),
+                stage.rows_per_step // self.mesh.dp_size,
+                stage.seq_length,
+            )
+        except NonFiniteError as error:
+            raise ToolFailedError(self._explain_non_finite(number, stage_step, error)) from error
         self.step += 1
         if self.log is not None:
             seconds = time.perf_counter() - start
             flops = sum(self._row_flops(number, stage_step))
+            if result.loss is None:
+                logger.warning("step %d has no label: nothing was learned from it", self.step)
             times = {"seconds": seconds, "data_seconds": waited.seconds}
             self.log.step(self._record(stage, rate, result, flops, times), self.last_step)
+
+    def _explain_non_finite(self, number: int, stage_step: int, error: NonFiniteError) -> str:
+        """What to look at; all ranks must call it at the same time."""
+        found: list[Any] = [None] * self.mesh.world_size
+        dist.all_gather_object(found, (self.mesh.dp_rank, error.micro_batches))
+        costs = self._row_flops(number, stage_step)
+        dealt = deal_rows(costs, self.mesh.dp_size)
+        bad = {dealt[dp_rank][n] for dp_rank, numbers in found for n in numbers}
+        planned, first = self.planned[number], stage_step * len(costs)
+        rows = [first + row for row in sorted(bad) or range(len(costs))]
+        domains = dict.fromkeys(planned.row(row).domain for row in rows)
+        return (
+            f"step {self.step + 1}: {error} is not finite, from rows {rows} of stage.{number} "
+            f"({', '.join(domains)}); stopped before the update, the last checkpoint is as it was: "
+            "lower the learning rate or set optimizer.clip_grad, look at these rows, and start "
+            "again"
+        )
 
     def _record(
         self,
@@ -197,11 +228,18 @@ class Run:
         losses: dict[str, float] = {}
         for held_out in self.held_out[number]:
             rows = [held_out.row(n) for n in range(len(held_out))]
-            sums = self.engine.evaluate(
-                iterate_global_batch(rows, build, self.mesh),
-                -(-len(rows) // self.mesh.dp_size),
-                stage.seq_length,
-            )
+            try:
+                sums = self.engine.evaluate(
+                    iterate_global_batch(rows, build, self.mesh),
+                    -(-len(rows) // self.mesh.dp_size),
+                    stage.seq_length,
+                )
+            except NonFiniteError as error:
+                raise ToolFailedError(
+                    f"validation after step {self.step}: {error} of the held-out rows of "
+                    f"{rows[0].domain} is not finite; stopped before a save: go back to "
+                    "an earlier checkpoint with a lower learning rate"
+                ) from error
             losses.update({name: total / count for name, (total, count) in sums.items()})
         if self.log is not None:
             self.log.validation({"step": self.step, "stage": stage.name, "loss": losses})
@@ -238,7 +276,7 @@ class Run:
         logger.info("saved %s in %.1f s", folder, time.perf_counter() - start)
         if self.mesh.rank == 0:
             ends = set(accumulate(stage.num_steps for stage in self.config.stage))
-            store.remove_old(self.checkpoint_dir, self.config.checkpoint.keep, ends)
+            store.remove_old(self.checkpoint_dir, self.config.checkpoint.keep, self.step, ends)
         dist.barrier()
 
     def _ledger(self) -> dict[str, int]:

@@ -33,11 +33,11 @@ class RunLog:
         """Record one optimizer step; `record` has at least the fields of the console line."""
         self._write(METRICS_NAME, record)
         logger.info(
-            "step %d/%d %s loss %.4f grad %.3f lr %.2e %s tok/s %.2f TFLOP/s data %.0f%%",
+            "step %d/%d %s loss %s grad %.3f lr %.2e %s tok/s %.2f TFLOP/s data %.0f%%",
             record["step"],
             num_steps,
             record["stage"],
-            record["loss"],
+            "none" if record["loss"] is None else f"{record['loss']:.4f}",
             record["grad_norm"],
             record["lr"],
             f"{record['tokens_per_second']:,.0f}",
@@ -52,7 +52,7 @@ class RunLog:
         logger.info("validation after step %d: %s", record["step"], losses)
 
     def _write(self, name: str, record: dict[str, Any]) -> None:
-        self._files[name].write(json.dumps(record) + "\n")
+        self._files[name].write(json.dumps(record, allow_nan=False) + "\n")
         self._files[name].flush()
         if self._board is None:
             return

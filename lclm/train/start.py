@@ -6,9 +6,9 @@ from pathlib import Path
 
 from lclm.checkpoint import store
 from lclm.checkpoint.folder import (
-    LATEST_NAME,
     CheckpointError,
     CheckpointInfo,
+    find_newest,
     read_info,
     resolve_step_folder,
 )
@@ -98,14 +98,13 @@ def _find_checkpoint(config: Config) -> Path | None:
     folder = Path(config.run.dir) / "checkpoints"
     if config.checkpoint.resume == "never":
         return None
-    if (folder / LATEST_NAME).is_file():
-        return resolve_step_folder(folder)
-    if config.checkpoint.resume == "required":
+    found = find_newest(folder)
+    if found is None and config.checkpoint.resume == "required":
         raise CheckpointError(
             f"checkpoint.resume = 'required': {folder} has no checkpoint; "
             "use 'auto' to start a new run"
         )
-    return None
+    return found
 
 
 def _check_position(config: Config, folder: Path, info: CheckpointInfo) -> None:

@@ -1,5 +1,6 @@
 """One optimizer step, and one validation pass, through Megatron-core's pipeline schedule."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,12 +22,21 @@ from lclm.optim import build_optimizer
 from lclm.train.micro_batch import MicroBatch
 
 
+class NonFiniteError(Exception):
+    """A loss or a gradient norm is NaN or infinite; raised on every rank, before the update."""
+
+    def __init__(self, what: str, micro_batches: Sequence[int] = ()) -> None:
+        super().__init__(what)
+        self.micro_batches = list(micro_batches)
+        """Numbers of this rank's micro-batches whose loss is not finite."""
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What a step measured, equal on every rank."""
 
-    loss: float
-    """Nats per valid token over the global batch."""
+    loss: float | None
+    """Nats per valid token over the global batch; None where it has none."""
     num_labels: int
     """Valid tokens of the global batch."""
     grad_norm: float
@@ -53,6 +63,9 @@ class Engine:
             model,
         )
         self.optimizer = build_optimizer(config, mesh, self.model)
+        # Megatron-core has no place to look at the norm between the backward pass and the update.
+        self._get_grad_norm = self.optimizer.get_grad_norm
+        self.optimizer.get_grad_norm = self._finite_grad_norm
         model.config.no_sync_func = self.model.no_sync
         model.config.finalize_model_grads_func = finalize_model_grads
         model.config.grad_scale_func = self.optimizer.scale_loss
@@ -67,6 +80,9 @@ class Engine:
             micro_batches: this rank's micro-batches, read lazily.
             num_micro_batches: how many there are.
             seq_length: tokens of a whole row.
+
+        Raises:
+            NonFiniteError: on every rank; the weights are as they were before.
         """
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -75,7 +91,7 @@ class Engine:
         losses = {name: (float(s), int(n)) for name, (s, n) in zip(self.domains, sums) if n > 0}
         total, count = (float(x) for x in sums.sum(0))
         return StepResult(
-            loss=total / max(1.0, count),
+            loss=total / count if count else None,
             num_labels=int(count),
             grad_norm=float(grad_norm),
             domain_losses=losses,
@@ -84,7 +100,11 @@ class Engine:
     def evaluate(
         self, micro_batches: Iterator[MicroBatch], num_micro_batches: int, seq_length: int
     ) -> dict[str, tuple[float, int]]:
-        """Loss sum in nats and valid tokens per domain, without gradients."""
+        """Loss sum in nats and valid tokens per domain, without gradients.
+
+        Raises:
+            NonFiniteError: on every rank.
+        """
         self.model.eval()
         with torch.no_grad():
             sums = self._run(micro_batches, num_micro_batches, seq_length, forward_only=True)
@@ -116,7 +136,17 @@ class Engine:
         dist.all_reduce(sums, group=self.mesh.dp_cp_group)
         if self.mesh.pp_size > 1:
             dist.all_reduce(sums, group=self.mesh.pp_group)
+        if not bool(sums.isfinite().all()):
+            losses = [float(report["loss_sum"]) for report in reports]
+            bad = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
+            raise NonFiniteError("the loss", bad)
         return sums
+
+    def _finite_grad_norm(self) -> float:
+        norm: float = self._get_grad_norm()
+        if not math.isfinite(norm):
+            raise NonFiniteError(f"the gradient norm ({norm})")
+        return norm
 
     def _forward_step(
         self, micro_batches: Iterator[MicroBatch], model: Any

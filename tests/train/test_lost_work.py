@@ -1,0 +1,80 @@
+"""No work is lost, and none goes on that should not, while the exit status says all is well."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import run_distributed
+from tests.train.runs import Ended, read_records, run_calls, steps_of, write_run_file
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run_file(tmp_path_factory.mktemp("lost work"))
+
+
+@pytest.fixture(scope="module")
+def base(run_file: Path) -> Path:
+    """Run folder after three steps; copies of it are used."""
+    run_dir = run_file.parent / "base"
+    (ended,) = call([str(run_file), f"run.dir={run_dir}", "train.max_steps=3"])
+    assert ended.code == 0, ended.said
+    assert steps_of(run_dir / "checkpoints") == ["step_00000002", "step_00000003"]
+    return run_dir
+
+
+def call(*argument_lists: list[str]) -> list[Ended]:
+    return run_distributed(run_calls, 1, list(argument_lists))[0]
+
+
+def test_a_used_folder_keeps_what_is_saved_and_what_was_there(run_file: Path, base: Path) -> None:
+    """Starts anew, goes on by the same command, goes back to an earlier step; `latest` lost."""
+    folder = run_file.parent
+    never, back, lost = (folder / name for name in ("never", "back", "lost"))
+    for copy in (never, back, lost):
+        shutil.copytree(base, copy)
+    strange = back / "checkpoints" / "step_old_good"
+    strange.mkdir()
+    (back / "checkpoints" / "latest").write_text("step_00000002\n")
+    (lost / "checkpoints" / "latest").unlink()
+
+    def start(run_dir: Path, *changes: str) -> list[str]:
+        return [str(run_file), f"run.dir={run_dir}", *changes]
+
+    ended = call(
+        start(never, "checkpoint.resume=never", "train.max_steps=1"),
+        start(never, "train.max_steps=2"),
+        start(back, "train.max_steps=4", "checkpoint.keep=1"),
+        start(lost, "train.max_steps=4"),
+    )
+    assert [one.code for one in ended] == [0] * 4, ended
+    assert "step_00000002, step_00000003 of earlier work moved to" in ended[0].said
+    assert "resumed from" in ended[1].said
+    assert steps_of(never / "checkpoints") == ["step_00000001", "step_00000002"]
+    assert (never / "checkpoints" / "latest").read_text() == "step_00000002\n"
+    assert steps_of(never / "abandoned-1" / "checkpoints") == ["step_00000002", "step_00000003"]
+    assert [r["step"] for r in read_records(never / "abandoned-1")] == [1, 2, 3]
+
+    assert "step_00000003 of earlier work moved to" in ended[2].said
+    assert steps_of(back / "checkpoints") == ["step_00000004", "step_old_good"]
+    assert (back / "checkpoints" / "latest").read_text() == "step_00000004\n"
+    assert steps_of(back / "abandoned-1" / "checkpoints") == ["step_00000003"]
+
+    assert "latest is missing; of its steps [2, 3] the newest whole one is step_00000003" in (
+        ended[3].said
+    )
+    assert [record["step"] for record in read_records(lost)] == [1, 2, 3, 4]
+    assert steps_of(lost / "checkpoints") == ["step_00000003", "step_00000004"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run_file: Path, base: Path) -> None:
+    run_dir = run_file.parent / "nan"
+    fields = [str(run_file), f"run.dir={run_dir}", "stage.0.lr=1e30", "optimizer.clip_grad=0"]
+    (ended,) = call(fields)
+    assert ended.code == 1
+    assert "Traceback" not in ended.said
+    assert "is not finite, from rows [" in ended.said and "of stage.0 (" in ended.said
+    done = len(read_records(run_dir))
+    assert 1 <= done < 4
+    assert (run_dir / "checkpoints" / "latest").read_text() == f"step_{done:08d}\n"
