@@ -85,12 +85,12 @@ def move_folder(source: Path, target: Path) -> None:
 
 
 def lock_file(path: Path, wait: bool = True) -> BinaryIO:
-    """Open `path` for writing and lock it until it is closed; it stays where it is.
+    """Open `path` for appending and lock it until it is closed; it stays, with what it holds.
 
     Raises:
         BlockingIOError: `wait` is false and another process holds it.
     """
-    file = path.open("wb")
+    file = path.open("a+b")
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BaseException:

@@ -3,14 +3,15 @@
 import argparse
 import logging
 import os
-import socket
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from lclm.command_line import make_parser, run_tool
 from lclm.config import Config
 from lclm.config_file import load_config
+from lclm.train.ranks import agree, end_with_launcher, rank_name
 
 logger = logging.getLogger("lclm.train")
 
@@ -60,11 +61,19 @@ def run(options: argparse.Namespace) -> None:
 
     mesh = build_mesh(config)
     from lclm.train.loop import Run
-    from lclm.train.start import find_start
+    from lclm.train.run_folder import RunFolder
+    from lclm.train.start import check_unchanged, find_start
 
-    start = find_start(config)
-    planned = plan_stages(config, Path(config.run.dir) / "plans")
-    Run(config, mesh, planned, start).train()
+    folder = Path(config.run.dir)
+    start = agree(lambda: find_start(config))
+    with ExitStack() as stack:
+        if mesh.rank == 0:
+            agree(lambda: stack.enter_context(RunFolder(folder)))
+        else:
+            agree(lambda: None)
+        agree(lambda: check_unchanged(config, start))
+        planned = agree(lambda: plan_stages(config, folder / "plans"))
+        Run(config, mesh, planned, start).train()
     leave(mesh)
 
 
@@ -81,7 +90,8 @@ def dry_run(config: Config, world_size: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; 0 on success, 2 when the user's input cannot be run, 1 when the run had to stop."""
-    name = f"lclm.train: rank {os.environ.get('RANK', '0')} on {socket.gethostname()}"
+    end_with_launcher()
+    name = f"lclm.train: {rank_name()}"
     try:
         return run_tool(name, run, parse_arguments(arguments))
     except Exception as error:

@@ -33,6 +33,7 @@ from lclm.train.micro_batch import (
     deal_rows,
     iterate_global_batch,
 )
+from lclm.train.ranks import agree
 from lclm.train.stages import domain_names, find_position, plan_validation, spread_rows
 from lclm.train.start import Start
 from lclm.train.step import Engine, NonFiniteError, StepResult
@@ -64,21 +65,23 @@ class Run:
             self.step = info.step
             logger.info("resumed from %s at step %d", start.checkpoint, info.step)
         self.log: RunLog | None = None
-        if mesh.rank == 0:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            store.set_aside(
-                self.dir,
-                self.checkpoint_dir,
-                None if start.checkpoint is None else self.step,
-                [METRICS_NAME, VALIDATION_NAME, RESOLVED_NAME],
-            )
-            (self.dir / RESOLVED_NAME).write_text(
-                "".join(f"# {key}: {value}\n" for key, value in versions().items())
-                + dump_toml(config),
-                encoding="utf-8",
-            )
-            self.log = RunLog(self.dir, config.metrics.tensorboard, self.step)
         self.machine = find_machine(config, mesh)
+        agree(lambda: self._open_folder(start) if mesh.rank == 0 else None)
+
+    def _open_folder(self, start: Start) -> None:
+        """Move what is not gone on with aside, write the resolved configuration, open the log."""
+        store.set_aside(
+            self.dir,
+            self.checkpoint_dir,
+            None if start.checkpoint is None else self.step,
+            [METRICS_NAME, VALIDATION_NAME, RESOLVED_NAME],
+        )
+        (self.dir / RESOLVED_NAME).write_text(
+            "".join(f"# {key}: {value}\n" for key, value in versions().items())
+            + dump_toml(self.config),
+            encoding="utf-8",
+        )
+        self.log = RunLog(self.dir, self.config.metrics.tensorboard, self.step)
 
     @property
     def last_step(self) -> int:

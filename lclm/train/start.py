@@ -58,6 +58,15 @@ def find_start(config: Config) -> Start:
     return Start(travels, checkpoint, weights)
 
 
+def check_unchanged(config: Config, start: Start) -> None:
+    """Raise ConfigError if another run wrote a checkpoint since `find_start`, before the lock."""
+    if _find_checkpoint(config) != start.checkpoint:
+        raise ConfigError(
+            f"run.dir({config.run.dir}): another run wrote a checkpoint there meanwhile; start "
+            "again to go on from it"
+        )
+
+
 def _load_tokenizer(config: Config) -> Tokenizer | None:
     if not config.data.tokenizer:
         return None

@@ -1,10 +1,16 @@
 """No work is lost, and none goes on that should not, while the exit status says all is well."""
 
+import logging
+import os
+import re
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
 
+from lclm.config import ConfigError
+from lclm.train.run_folder import LOCK_NAME, RunFolder
 from tests.distributed import run_distributed
 from tests.train.runs import Ended, read_records, run_calls, steps_of, write_run_file
 
@@ -78,3 +84,24 @@ def test_a_loss_that_is_not_finite_stops_the_run(run_file: Path, base: Path) -> 
     done = len(read_records(run_dir))
     assert 1 <= done < 4
     assert (run_dir / "checkpoints" / "latest").read_text() == f"step_{done:08d}\n"
+
+
+def test_a_folder_serves_one_run_at_a_time(
+    run_file: Path, base: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("lclm"), "propagate", True)
+    run_dir = run_file.parent / "locked"
+    holder = f'{{"host": "{socket.gethostname()}", "pid": {os.getpid()}}}'
+    with RunFolder(run_dir):
+        assert (run_dir / LOCK_NAME).read_text() == holder
+        with pytest.raises(ConfigError, match=re.escape(f"is in use by the run {holder}")):
+            RunFolder(run_dir)
+        (ended,) = call([str(run_file), f"run.dir={run_dir}"])
+        assert ended.code == 2 and f"is in use by the run {holder}" in ended.said
+    assert (run_dir / LOCK_NAME).read_text() == ""
+    assert not caplog.records
+    # a dead process holds no lock, but its name stays
+    (run_dir / LOCK_NAME).write_text('{"host": "far", "pid": 7}')
+    with RunFolder(run_dir):
+        assert (run_dir / LOCK_NAME).read_text() == holder
+    assert 'its run {"host": "far", "pid": 7} ended without a word; taken over' in caplog.text
