@@ -1,7 +1,5 @@
 """Logging of every lclm program: one handler, a prefix of time and rank."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys
