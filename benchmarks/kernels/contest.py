@@ -269,7 +269,8 @@ def _time_in_turns(
         for name in list(runs):
             announce(name)
             try:
-                spent = _time_round(runs[name], measure)
+                runs[name].prepare()
+                spent = {phase: measure(call)[0] for phase, call in runs[name].phases.items()}
             except Exception as error:  # as above
                 traceback.print_exc()
                 outcome.failed[name] = f"failed when timed: {describe(error)}"
@@ -284,15 +285,6 @@ def _time_in_turns(
         elif turn >= MIN_ROUNDS and time.monotonic() - start > ROUNDS_S:
             break
     outcome.times_ms = times
-
-
-def _time_round(run: Run, measure: Measure) -> dict[str, float]:
-    run.prepare()
-    spent = {}
-    for phase, call in run.phases.items():
-        spent[phase], results = measure(call)
-        del results
-    return spent
 
 
 def cpu_measure(call: Callable[[], Tensors]) -> tuple[float, Tensors]:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .contest import Problem, Run, Tensors
+
 ROUND_TOKENS = 64  # what the number of tokens that sizes the workspace is rounded up to
 TABLES = ("lengths", "q_offsets", "kv_offsets")
 
@@ -132,24 +134,24 @@ class CudnnRow:
         return self._finish(graph, nodes, "dq dk dv", handle)
 
 
-def attention_of_graphs(
-    stats: torch.Tensor, forward: Callable[..., None], backward: Callable[..., None]
-) -> Callable[..., torch.Tensor]:
-    """Attention of q, k, v with autograd, from calls that run the graphs on tensors by name."""
+def run_graphs(
+    problem: Problem,
+    stats: torch.Tensor,
+    forward: Callable[..., None],
+    backward: Callable[..., None],
+) -> Run:
+    """A problem's forward and backward, from calls that run the graphs on tensors by name."""
+    q, k, v = (x.detach() for x in problem.fresh_inputs())
+    named = {"q": q, "k": k, "v": v, "stats": stats}
 
-    class CudnnAttention(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            out = torch.empty_like(q)
-            forward(q=q, k=k, v=v, o=out, stats=stats)
-            ctx.save_for_backward(q, k, v, out)
-            return out
+    def run_forward() -> Tensors:
+        named["o"] = torch.empty_like(q)
+        forward(**named)
+        return [named["o"]]
 
-        @staticmethod
-        def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            q, k, v, out = ctx.saved_tensors
-            dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-            backward(q=q, k=k, v=v, o=out, dO=dout, stats=stats, dq=dq, dk=dk, dv=dv)
-            return dq, dk, dv
+    def run_backward() -> Tensors:
+        grads = {f"d{name}": torch.empty_like(named[name]) for name in ("q", "k", "v")}
+        backward(**named, **grads, dO=problem.douts[0])
+        return list(grads.values())
 
-    return CudnnAttention.apply
+    return Run({"fwd": run_forward, "bwd": run_backward})

@@ -210,19 +210,20 @@ def tokenwise_problem(
 
 
 def rope_problem(case: Case, dtype: torch.dtype) -> Problem:
-    """Queries [T, N, H] and keys [T, K, H]; constants cos, sin [T, H/2] fp32, wide [T, 1, H].
+    """Queries [T, N, H], keys [T, K, H]; constants tables (cos, sin) [T, H/2], wide ones [T, 1, H].
 
     Every query and key is read and written, and an fp32 row of the table read per token.
     """
     model = MODELS[case.model]
     rows = [random((case.tokens, n, model.H), dtype) for n in (model.N, model.K)]
-    positions = torch.arange(case.tokens, device="cpu")
-    cos, sin = (x.to(rows[0].device) for x in build_rope_table(positions, model.H, ROPE_BASE))
+    with torch.device("cpu"):  # in fp64
+        tables = build_rope_table(torch.arange(case.tokens), model.H, ROPE_BASE)
+    cos, sin = (table.to(rows[0].device) for table in tables)
     wide = [torch.cat([table, table], dim=-1)[:, None] for table in (cos, sin)]
     douts = [torch.randn_like(x) for x in rows]
     token = 2 * dtype.itemsize * (model.N + model.K) * model.H + FP32 * model.H
     more = {"work": moved(case.tokens * token, 1, 1)}
-    more["constants"] = {"cos": cos, "sin": sin, "wide": wide}
+    more["constants"] = {"tables": (cos, sin), "wide": wide}
     return tokenwise_problem(rope_formula, "q k dq dk", rows, douts, tables=wide, **more)
 
 

@@ -21,7 +21,7 @@ from lclm_kernels.rope import apply_rope, apply_rope_to_qkv
 from lclm_kernels.swiglu import swiglu
 
 from .contest import FLOOR, OURS, AbsentError, Peer, Problem, Run, Tensors, autograd_run
-from .cudnn_thd import CudnnRow, attention_of_graphs
+from .cudnn_thd import CudnnRow, run_graphs
 from .operators import ADAMW, EPS
 
 Function = Callable[..., Any]
@@ -164,7 +164,7 @@ def flex(problem: Problem) -> Function | Run:
     return Run({"fwd": lambda: [run(*inputs)]}, is_partial=True)
 
 
-def cudnn_thd(problem: Problem, create_handle: Function) -> Function:
+def cudnn_thd(problem: Problem, create_handle: Function) -> Run:
     """cuDNN with ragged offsets, one document or many."""
     import cudnn
 
@@ -173,7 +173,7 @@ def cudnn_thd(problem: Problem, create_handle: Function) -> Function:
     row = CudnnRow(cudnn, problem.constants["lengths"], heads, problem.constants["scale"], q)
     handle = create_handle()
     cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream().cuda_stream)
-    return attention_of_graphs(row.stats, row.forward(handle), row.backward(handle))
+    return run_graphs(problem, row.stats, row.forward(handle), row.backward(handle))
 
 
 # Output projection and cross entropy: the sum over labels that all count. Most make the gradients
@@ -219,6 +219,11 @@ def torch_chunked_loss(problem: Problem, loss: Function) -> Function:
 # RMSNorm and RoPE; SwiGLU's are all in the table
 
 
+def liger_rms_norm(_: Problem, norm: Any) -> Function:
+    """Llama's rounding; not over the gradient that comes in, which the next round needs."""
+    return lambda x, weight: norm.apply(x, weight, EPS, 0.0, "llama", False)
+
+
 def te_rms_norm(problem: Problem, module_type: Function) -> Run:
     """Transformer Engine's module, whose weight is the problem's."""
     x, weight = problem.fresh_inputs()
@@ -228,14 +233,9 @@ def te_rms_norm(problem: Problem, module_type: Function) -> Run:
     return autograd_run(lambda x, _: module(x), problem, [x, module.weight])
 
 
-def tables(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin."""
-    return problem.constants["cos"], problem.constants["sin"]
-
-
 def our_rope(problem: Problem) -> Function:
     """Queries and keys in a launch each, into new tensors."""
-    cos, sin = tables(problem)
+    cos, sin = problem.constants["tables"]
     settings = which(problem)
     return lambda q, k: [apply_rope(x, cos, sin, **settings) for x in (q, k)]
 
@@ -245,7 +245,7 @@ def our_packed_rope(problem: Problem) -> Run:
     q, k = (x.detach() for x in problem.inputs)
     num_tokens, num_kv_heads, head_dim = k.shape
     heads_shape = (num_kv_heads, q.shape[1] // num_kv_heads + 2, head_dim)
-    cos, sin = tables(problem)
+    cos, sin = problem.constants["tables"]
     settings = which(problem)
 
     def pack(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -285,7 +285,7 @@ def liger_rope(problem: Problem, rope: Any) -> Function:
 
 def quack_rope(problem: Problem, apply_rotary_emb: Function) -> Function:
     """A launch for the queries and one for the keys, [1, T, N, H]."""
-    cos, sin = tables(problem)
+    cos, sin = problem.constants["tables"]
     return lambda q, k: [apply_rotary_emb(x[None], cos, sin)[0] for x in (q, k)]
 
 
@@ -308,14 +308,19 @@ def step(problem: Problem, make: Callable[..., torch.optim.Optimizer], **setting
     return Run({"step": run})
 
 
-FLASH = "flash_attn_varlen_func"
+FLASH, CCE = "flash_attn_varlen_func", "cut_cross_entropy:linear_cross_entropy"
+LIGER_LOSS = "liger_kernel.transformers.functional:liger_fused_linear_cross_entropy"
+QUACK_LOSS = "quack.linear_cross_entropy:chunked_linear_cross_entropy"
+APEX_NORM = "apex.normalization.fused_layer_norm:fused_rms_norm_affine"
+LIGER = "liger_kernel.ops"
+part = functools.partial
 # By operator: ours, PyTorch's own, which is timed beside every other, and the others.
 PEERS: dict[str, tuple[Peer, ...]] = {
     "interval_attention": (
         Peer(OURS, our_attention),
         Peer("torch packed", torch_packed),
-        Peer("SDPA cuDNN", functools.partial(sdpa, SDPBackend.CUDNN_ATTENTION)),
-        Peer("SDPA flash", functools.partial(sdpa, SDPBackend.FLASH_ATTENTION)),
+        Peer("SDPA cuDNN", part(sdpa, SDPBackend.CUDNN_ATTENTION)),
+        Peer("SDPA flash", part(sdpa, SDPBackend.FLASH_ATTENTION)),
         Peer("FlexAttention", flex),
         Peer("cuDNN packed", cudnn_thd, "cudnn:create_handle"),
         Peer("FlashAttention-4", flash, f"flash_attn.cute:{FLASH}"),  # CuTe
@@ -325,57 +330,34 @@ PEERS: dict[str, tuple[Peer, ...]] = {
     "linear_cross_entropy": (
         Peer(OURS, our_loss),
         Peer("torch eager", eager),
-        Peer(f"{OURS}, chunks of 8192", lambda problem: our_loss(problem, 8192)),
+        Peer(f"{OURS}, chunks of 8192", part(our_loss, chunk_tokens=8192)),
         Peer(f"{FLOOR}: 3 products", products_alone),
         Peer("torch chunked", torch_chunked_loss, "torch.nn.functional:linear_cross_entropy"),
         Peer("torch.compile", compiled),
         # Triton, with its own size of chunks
-        Peer(
-            "Liger",
-            summed,
-            "liger_kernel.transformers.functional:liger_fused_linear_cross_entropy",
-        ),
+        Peer("Liger", summed, LIGER_LOSS),
         # CuTe; on Hopper it chooses its fused backward by itself
-        Peer("quack", summed, "quack.linear_cross_entropy:chunked_linear_cross_entropy"),
+        Peer("quack", summed, QUACK_LOSS),
         # By default it leaves out gradients too small for bf16. Vocabularies of any size.
-        Peer(
-            "Cut Cross Entropy",
-            functools.partial(summed, filter_eps="high"),
-            "cut_cross_entropy:linear_cross_entropy",
-        ),
-        Peer(
-            "Cut Cross Entropy, exact",
-            functools.partial(summed, filter_eps=None),
-            "cut_cross_entropy:linear_cross_entropy",
-        ),
+        Peer("Cut Cross Entropy", part(summed, filter_eps="high"), CCE),
+        Peer("Cut Cross Entropy, exact", part(summed, filter_eps=None), CCE),
     ),
     "rms_norm": (
-        Peer(OURS, lambda p: functools.partial(rms_norm, eps=EPS, **which(p))),
+        Peer(OURS, lambda problem: part(rms_norm, eps=EPS, **which(problem))),
         Peer("torch", lambda _: lambda x, w: functional.rms_norm(x, w.shape, w, EPS)),
         Peer("torch.compile", compiled),
-        # Llama's rounding; not over the gradient that comes in, which the next round needs
-        Peer(
-            "Liger",
-            lambda _, rms: lambda x, w: rms.apply(x, w, EPS, 0.0, "llama", False),
-            "liger_kernel.ops.rms_norm:LigerRMSNormFunction",
-        ),
-        Peer("quack", lambda _, rms: functools.partial(rms, eps=EPS), "quack.rmsnorm:rmsnorm"),
-        Peer(
-            "Apex",
-            lambda _, rms: lambda x, w: rms(x, w, list(w.shape), EPS),
-            "apex.normalization.fused_layer_norm:fused_rms_norm_affine",
-        ),
+        Peer("Liger", liger_rms_norm, f"{LIGER}.rms_norm:LigerRMSNormFunction"),
+        Peer("quack", lambda _, norm: part(norm, eps=EPS), "quack.rmsnorm:rmsnorm"),
+        Peer("Apex", lambda _, norm: lambda x, w: norm(x, w, list(w.shape), EPS), APEX_NORM),
         Peer("Transformer Engine", te_rms_norm, "transformer_engine.pytorch:RMSNorm"),
     ),
     "swiglu": (
-        Peer(OURS, lambda p: functools.partial(swiglu, **which(p))),
+        Peer(OURS, lambda problem: part(swiglu, **which(problem))),
         Peer("torch eager", eager),
         Peer("torch.compile", compiled),
         # its form for gate and up in one tensor
         Peer(
-            "Liger",
-            lambda _, gated: gated.apply,
-            "liger_kernel.ops.swiglu:LigerFusedGateUpSiLUMulFunction",
+            "Liger", lambda _, gate: gate.apply, f"{LIGER}.swiglu:LigerFusedGateUpSiLUMulFunction"
         ),
     ),
     "rope": (
@@ -383,13 +365,13 @@ PEERS: dict[str, tuple[Peer, ...]] = {
         Peer("torch eager", eager),
         Peer(f"{OURS}, packed", our_packed_rope),
         Peer("torch.compile", compiled),
-        Peer("Liger", liger_rope, "liger_kernel.ops.rope:LigerRopeFunction"),
+        Peer("Liger", liger_rope, f"{LIGER}.rope:LigerRopeFunction"),
         Peer("quack", quack_rope, "quack.rotary:apply_rotary_emb"),
     ),
     "adamw": (
-        Peer(OURS, lambda p: step(p, AdamW, **which(p))),
-        Peer("torch fused", lambda p: step(p, torch.optim.AdamW, fused=True)),
-        Peer("torch foreach", lambda p: step(p, torch.optim.AdamW, foreach=True)),
+        Peer(OURS, lambda problem: step(problem, AdamW, **which(problem))),
+        Peer("torch fused", part(step, make=torch.optim.AdamW, fused=True)),
+        Peer("torch foreach", part(step, make=torch.optim.AdamW, foreach=True)),
         Peer("Apex", step, "apex.optimizers:FusedAdam"),
         Peer("Transformer Engine", step, "transformer_engine.pytorch.optimizers:FusedAdam"),
     ),

@@ -103,10 +103,6 @@ class Run:
         self.records: list[dict[str, Any]] = []
         self.complaints: list[str] = []  # what makes the run fail
 
-    def start(self, op: str, peer: str) -> Worker:
-        """A worker that waits to be served."""
-        return Worker([op, peer, self.size, self.device])
-
     def serve(self, op: str, peer: str, worker: Worker) -> None:
         """Take a worker's answers; cases it ends before are recorded with the reason."""
         time_left = self.deadline - time.monotonic()
@@ -185,12 +181,13 @@ def run_all(run: Run, ops: Iterable[str], peers: Iterable[str] | None = None) ->
             run.leave_out(op, peer.name, reason)
         else:
             jobs.append((op, peer.name))
-    waiting = [run.start(*job) for job in jobs[:1]]
+    waiting = [Worker([*job, run.size, run.device]) for job in jobs[:1]]
     try:
         for job, following in zip(jobs, [*jobs[1:], None]):
             worker = waiting[0]
             # The next one imports PyTorch while this one works.
-            waiting[:] = [worker, *([run.start(*following)] if following else [])]
+            if following:
+                waiting.append(Worker([*following, run.size, run.device]))
             run.serve(*job, worker)
             waiting.pop(0)
     finally:

@@ -30,27 +30,14 @@ from .peers import contestants
 
 FLUSH_BYTES = 1 << 32  # many times any L2 cache; about a millisecond in which the host gets ready
 BEST_OF = 20  # runs that decide what the device reaches
-PACKAGES = (
-    "torch",
-    "triton",
-    "numpy",
-    "flash-attn",
-    "flash-attn-3",
-    "flash-attn-4",
-    "nvidia-cudnn-frontend",
-    "liger-kernel",
-    "quack-kernels",
-    "nvidia-cutlass-dsl",
-    "cut-cross-entropy",
-    "apex",
-    "transformer-engine",
-)
+PACKAGES = """torch triton numpy flash-attn flash-attn-3 flash-attn-4 nvidia-cudnn-frontend
+    liger-kernel quack-kernels nvidia-cutlass-dsl cut-cross-entropy apex transformer-engine"""
 
 
 def installed_versions() -> dict[str, str]:
     """Versions of the packages that decide the numbers, of those that are installed."""
     versions = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in PACKAGES.split():
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -7,7 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.kernels import contest, operators, peers, report
 from benchmarks.kernels.contest import Work
-from benchmarks.kernels.cudnn_thd import CudnnRow, attention_of_graphs
+from benchmarks.kernels.cudnn_thd import CudnnRow, run_graphs
 from benchmarks.kernels.operators import MODELS, OPERATORS, SIZES, Case, Model
 from benchmarks.kernels.peers import PEERS
 from tests.tolerances import BENCHMARK_TRUTH_FP32
@@ -112,6 +112,16 @@ def test_truths_by_chunks_are_the_formula_on_the_whole_row(op, monkeypatch):
         assert contest.relative_error(expected.value, whole) < BENCHMARK_TRUTH_FP32
 
 
+@pytest.mark.parametrize("op", OPERATORS)
+def test_inputs_and_truths_lie_on_the_device_that_is_worked_on(op):
+    """As workers do it; "meta" stands for a GPU, what is left on the CPU would be seen."""
+    with torch.device("meta"):
+        problem = OPERATORS[op](operators.list_cases(op, "tiny")[-1], torch.bfloat16)
+    tensors = [*problem.inputs, *problem.douts, *(e.value for e in problem.expected)]
+    tensors += [e.tokens for e in problem.expected if e.tokens is not None]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
 # Every peer, on the CPU
 
 
@@ -147,22 +157,24 @@ def test_cudnn_is_told_where_documents_lie():
     assert row.layout(4) == ([3, 4, 7, 8], [7 * 32, 8, 32, 1])
 
 
-def test_cudnn_runs_on_the_tensors_autograd_gives_it():
+def test_cudnn_runs_on_the_problems_tensors_by_name():
+    case = Case("interval_attention", "tiny", 8, "ragged")
+    problem = operators.attention_problem(case, FP32, np.array([5, 3]))
     given = torch.empty(1)
 
     def forward(q, k, v, o, stats):
-        assert stats is given
+        assert stats is given and torch.equal(k, problem.inputs[1])
         o.copy_(2 * q)
 
     def backward(q, k, v, o, dO, stats, dq, dk, dv):
+        assert torch.equal(o, 2 * q) and torch.equal(dO, problem.douts[0])
         for gradient, factor in ((dq, 1), (dk, 2), (dv, 3)):
-            gradient.fill_(factor * dO.sum().item())
+            gradient.fill_(factor)
 
-    q, k, v = (torch.ones(3, n, 8, requires_grad=True) for n in (4, 2, 2))
-    out = attention_of_graphs(given, forward, backward)(q, k, v)
-    grads = torch.autograd.grad(out, [q, k, v], torch.ones_like(out))
-    assert out.eq(2).all()
-    assert [grad.unique().tolist() for grad in grads] == [[96.0], [192.0], [288.0]]
+    out, dq, dk, dv = run_graphs(problem, given, forward, backward).once()
+    assert torch.equal(out, 2 * problem.inputs[0])
+    assert [grad.unique().tolist() for grad in (dq, dk, dv)] == [[1.0], [2.0], [3.0]]
+    assert (dq.shape, dk.shape) == (out.shape, problem.inputs[1].shape)
 
 
 # Tables
