@@ -127,22 +127,15 @@ int32_t lclm_pack_best_fit(const int32_t* lengths, int64_t num_documents, int64_
       continue;
     }
     if (left > row_length && rows.opened() == num_rows) break;
-    bool fits = true;
     while (left > 0) {
       const int64_t take = std::min(left, row_length);
       const int32_t row = rows.take(take, row_length);
-      if (row < 0 && lengths[document] <= row_length) {
-        fits = false;
-        break;
-      }
-      if (row < 0) {  // the end of a document whose front opened the last row
-        unused += left;
-        break;
-      }
+      if (row < 0) break;
       row_of_piece[pieces++] = row;
       left -= take;
     }
-    if (!fits) break;
+    if (left > 0 && lengths[document] <= row_length) break;
+    unused += left;  // the end of a document whose front opened the last row
   }
   stats[0] = document;
   stats[1] = pieces;

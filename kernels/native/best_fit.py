@@ -120,11 +120,10 @@ def _pack_best_fit_twin(
                 break
             pieces.append((row, number, at, size))
             at += size
-        if at < tokens and is_long:
-            num_unused += tokens - at
-        elif at < tokens:
+        if at < tokens and not is_long:
             num_documents = number
             break
+        num_unused += tokens - at
     if num_open < num_rows:
         return None
     pieces.sort(key=lambda piece: piece[0])

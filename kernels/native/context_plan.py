@@ -74,20 +74,18 @@ def make_row(lengths: np.ndarray, ranks: int, chunk: int) -> Row:
     area //= max(1, (int(whole.sum()) // ranks) >> NUMBERS.area_bits)
 
     first, last = starts // chunk, (ends - 1) // chunk
-    crossing = np.flatnonzero(last > first)
-    head = np.append(first[crossing], 0)
-    chain_of_doc = np.full(len(lengths), -1)
-    chain_of_doc[crossing] = np.arange(len(crossing))
+    crosses = last > first
+    chain_of_doc = np.cumsum(crosses) - 1
+    head = np.append(first[crosses], 0)
     chain = np.where(inside > 0, chain_of_doc[doc], -1)
     next_chain = np.full(num_chunks, -1)
-    next_chain[first[crossing]] = np.arange(len(crossing))
+    next_chain[first[crosses]] = chain_of_doc[crosses]
     joins = (chain[1:] >= 0) & ((chain[:-1] < 0) | (chain[:-1] == chain[1:]))
     group_start = [0, *(np.flatnonzero(~joins) + 1).tolist(), num_chunks]
 
     fair_area = max(1, int(area.sum()) // ranks)
-    traffic_factor = (NUMBERS.share << NUMBERS.fraction_bits) // max(
-        1, (ranks - 1) * (length // ranks)
-    )
+    ring = max(1, (ranks - 1) * (length // ranks))
+    traffic_factor = (NUMBERS.share << NUMBERS.fraction_bits) // ring
     least = max(0, int(lengths.max()) - length // ranks)
     return Row(
         ranks=ranks,
@@ -97,9 +95,9 @@ def make_row(lengths: np.ndarray, ranks: int, chunk: int) -> Row:
         chain=chain,
         next_chain=next_chain,
         head=head,
-        head_tokens=np.append((first[crossing] + 1) * chunk - starts[crossing], 0),
+        head_tokens=np.append((first[crosses] + 1) * chunk - starts[crosses], 0),
         low=head + 1,
-        high=np.append(last[crossing], 0),
+        high=np.append(last[crosses], 0),
         group_start=group_start,
         fair_area=fair_area,
         area_factor=(NUMBERS.share << NUMBERS.fraction_bits) // fair_area,
