@@ -122,7 +122,7 @@ def rows_of_config(options: argparse.Namespace) -> tuple[dict[str, list[np.ndarr
 def print_table(
     title: str, rows: Sequence[np.ndarray], cp_size: int, chunk: int, cost: CostModel
 ) -> None:
-    """One line per strategy: means over the rows, and the worst area."""
+    """One line per strategy: means over the rows, and the worst area; then one of all modes."""
     figures: dict[str, list[list[float]]] = {}
     for lengths in rows:
         plans = candidate_plans(lengths, cp_size, chunk)
@@ -152,17 +152,14 @@ def print_table(
             f"{name:<11} {area:6.3f} {worst:6.3f}  {share:6.3f} {mean:6.3f} {least:6.3f}  "
             f"{layer:9.3f} {exposed:10.3f}"
         )
-
-
-def print_comms(rows: Sequence[np.ndarray], cp_size: int, cost: CostModel) -> None:
-    """One line of all communication modes, the chosen one marked."""
-    found = compare_comms("auto", rows, cp_size, cost)
-    chosen = choose_fastest(found)
-    times = [
-        f"{comm} {1e3 * seconds:.3f}{'*' if comm == chosen else ''}"
-        for comm, seconds in found.items()
-    ]
-    print(f"layer ms by communication mode: {', '.join(times)}")
+    if cp_size > 1:
+        found = compare_comms("auto", rows, cp_size, cost)
+        chosen = choose_fastest(found)
+        times = [
+            f"{comm} {1e3 * seconds:.3f}{'*' if comm == chosen else ''}"
+            for comm, seconds in found.items()
+        ]
+        print(f"layer ms by communication mode: {', '.join(times)}")
 
 
 def load_pyplot() -> Any:
@@ -238,8 +235,6 @@ def show(options: argparse.Namespace) -> None:
             chunk = options.chunk or default_chunk(int(rows[0].sum()), cp_size)
             cost = replace(cost, machine=measured or published(options.link, cp_size))
             print_table(title, rows, cp_size, chunk, cost)
-            if cp_size > 1:
-                print_comms(rows, cp_size, cost)
             picture = picture or (candidate_plans(rows[0], cp_size, chunk), cost)
     if options.png is not None and picture is not None:
         draw(*picture, options.png)

@@ -249,8 +249,7 @@ class Ledger:
         return rank_cost(self.row, self.area, self.traffic)
 
     def _traffic(self, rank: int) -> int:
-        chains = np.arange(len(self.row.head))
-        return int(self.received(np.full_like(chains, rank), chains).sum())
+        return int(self.received(np.array(rank), np.arange(len(self.row.head))).sum())
 
     def _head_tokens(self, rank: np.ndarray, chain: np.ndarray) -> np.ndarray:
         has_head = self.owner[self.row.head[chain]] == rank

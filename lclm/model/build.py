@@ -133,11 +133,6 @@ def mark_shards(model: LlamaModel) -> None:
             set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
 
 
-def global_name(name: str, first_layer: int) -> str:
-    """Parameter name with the layer's number in the whole model."""
-    return re.sub(r"layers\.(\d+)", lambda m: f"layers.{int(m[1]) + first_layer}", name)
-
-
 @torch.no_grad()
 def init_weights(model: LlamaModel, config: Config, mesh: Mesh) -> None:
     """Fill the weights: norms 1, matrices normal, those that write to the residual stream smaller.
@@ -151,7 +146,8 @@ def init_weights(model: LlamaModel, config: Config, mesh: Mesh) -> None:
         if weight.dim() == 1:
             weight.fill_(1.0)
             continue
-        name = global_name(name, first_layer)
+        # with the layer's number in the whole model
+        name = re.sub(r"layers\.(\d+)", lambda m: f"layers.{int(m[1]) + first_layer}", name)
         if config.model.tie_embeddings and name.startswith("output_layer"):
             name = "embedding.word_embeddings.weight"
         std = config.model.init_std

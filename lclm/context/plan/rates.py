@@ -66,8 +66,7 @@ class Machine:
             raise ValueError(f"machine: overlap is {self.overlap}; it is from 0 to 1")
 
     def _rates(self) -> dict[str, Rate]:
-        values = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return {name: value for name, value in values if isinstance(value, Rate)}
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.type is Rate}
 
     def all_to_all_among(self, num_ranks: int) -> Rate:
         """All-to-all among so many neighbours."""
