@@ -9,7 +9,7 @@ import fcntl
 import importlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -82,6 +82,44 @@ def move_folder(source: Path, target: Path) -> None:
         os.rename(old, target)
         raise
     shutil.rmtree(old)
+
+
+def refuse_overwriting(
+    outputs: Iterable[Path], inputs: Iterable[Path], *, reads_folders: bool = False
+) -> None:
+    """Raise ValueError where what would be written is an input, or holds one.
+
+    Files are told by device and inode, folders by their real path: links and other spellings of a
+    path do not matter. An input that does not exist is passed over.
+
+    Args:
+        outputs: files and folders; they need not exist.
+        inputs: files and folders that are read.
+        reads_folders: every file of an input folder is input, so nothing may be written there.
+    """
+    outputs = list(outputs)
+    by_id = {_file_id(path): path for path in outputs if path.exists()}
+    around = {parent: path for path in outputs for parent in path.resolve().parents}
+    has_folders = any(path.is_dir() for path in by_id.values())
+    for path in inputs:
+        if not path.exists():
+            continue
+        taken, what = by_id.get(_file_id(path)), "is"
+        if taken is None and has_folders:
+            parents = map(_file_id, path.resolve().parents)
+            taken, what = next(filter(None, map(by_id.get, parents)), None), "holds"
+        if taken is None and reads_folders and path.is_dir():
+            taken, what = around.get(path.resolve()), "lies in"
+        if taken is not None:
+            raise ValueError(
+                f"output {taken}: {what} the input {path}, which would be lost, or mixed with what "
+                "is written; give another output"
+            )
+
+
+def _file_id(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def lock_file(path: Path, wait: bool = True) -> BinaryIO:

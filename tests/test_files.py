@@ -13,6 +13,7 @@ from lclm.files import (
     lock_file,
     make_once,
     move_folder,
+    refuse_overwriting,
     replace_files,
     replace_folder,
     replace_text,
@@ -144,3 +145,34 @@ def test_what_failed_is_made_by_the_next(tmp_path):
         make_once(target, fail)
     make_once(target, target.mkdir)
     make_once(target, fail)  # it is there
+
+
+def test_an_output_that_is_an_input_is_refused(tmp_path):
+    source, folder = tmp_path / "a.json", tmp_path / "in"
+    source.write_text("x")
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "b.json").write_text("x")
+    (tmp_path / "link.json").symlink_to(source)
+    (tmp_path / "linked").symlink_to(folder)
+    new = tmp_path / "new.json"
+    for outputs, inputs, message in (
+        ([new, source], [source], "a.json: is the input"),
+        ([folder / ".." / "a.json"], [source], "is the input"),
+        ([source], [tmp_path / "link.json"], "is the input .*link.json"),
+        ([tmp_path / "link.json"], [source], "is the input"),
+        ([folder], [folder], "is the input"),
+        ([tmp_path / "linked"], [folder], "is the input"),
+        ([folder], [folder / "deep" / "b.json"], "in: holds the input"),
+        ([tmp_path / "linked"], [folder / "deep"], "linked: holds the input"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refuse_overwriting(outputs, inputs)
+    for outputs, inputs in (
+        ([new], [source, folder]),
+        ([folder / "c.json", folder / "new"], [folder, folder / "deep" / "b.json"]),
+        ([source], [tmp_path / "missing", folder]),
+    ):
+        refuse_overwriting(outputs, inputs)
+    for output in (folder / "c.json", tmp_path / "linked" / "deep" / "c.json"):
+        with pytest.raises(ValueError, match=r"c.json: lies in the input .*in"):
+            refuse_overwriting([output], [folder], reads_folders=True)

@@ -3,6 +3,7 @@
 
 import argparse
 import importlib
+import itertools
 import sys
 from pathlib import Path
 from typing import get_args
@@ -12,11 +13,12 @@ import numpy as np
 from lclm.command_line import make_parser, run_tool
 from lclm.config import MixtureEntry, Packing
 from lclm.data.domain import Domain
-from lclm.data.indexed import IndexedReader, length_histogram
+from lclm.data.indexed import IndexedReader, length_histogram, prefix_files
 from lclm.data.labels import IGNORED_LABEL, build_label_weights, build_labels
 from lclm.data.remote import fetch_prefix
 from lclm.data.stage_rows import Row, StageRows
 from lclm.data.tokenizer import Tokenizer, load_tokenizer
+from lclm.files import refuse_overwriting
 from lclm.prepare.verify import verify_prefix
 
 DETAILS = """
@@ -146,7 +148,10 @@ def run(arguments: argparse.Namespace) -> None:
     """Do what the command line asks for; ValueError for bad data."""
     if arguments.row is not None and not (arguments.seq_length and arguments.tokenizer):
         raise ValueError("--row: give --seq-length and --tokenizer too")
-    readers = [IndexedReader(fetch_prefix(prefix)) for prefix in arguments.prefix]
+    prefixes = [fetch_prefix(prefix) for prefix in arguments.prefix]
+    if arguments.histogram:
+        refuse_overwriting([arguments.histogram], itertools.chain(*map(prefix_files, prefixes)))
+    readers = list(map(IndexedReader, prefixes))
     for reader in readers:
         print(describe_prefix(reader))
         if arguments.verify:

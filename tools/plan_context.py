@@ -29,7 +29,7 @@ from lclm.context.plan.layouts import (
 )
 from lclm.context.plan.lengths import read_histogram
 from lclm.context.plan.rates import LINKS, RATES_NAME, published, read_machine
-from lclm.files import replace_files
+from lclm.files import refuse_overwriting, replace_files
 from lclm.train.stages import attention_cost, plan_stages, spread_rows
 
 EPILOG = """\
@@ -221,6 +221,8 @@ def show(options: argparse.Namespace) -> None:
     if options.rows < 1:
         raise ValueError(f"--rows is {options.rows}; look at one row at least")
     if options.png is not None:
+        read = (options.config, options.histogram, options.rates)
+        refuse_overwriting([options.png], filter(None, read))
         load_pyplot()  # what is missing is said before the work, not after it
     measured = read_machine(options.rates) if options.rates else None
     if options.config is not None:

@@ -9,11 +9,12 @@ import sys
 from concurrent.futures.process import BrokenProcessPool
 
 from lclm.command_line import ToolFailedError, make_parser, run_tool
+from lclm.data.indexed import prefix_files
 from lclm.data.remote import fetch_inputs
 from lclm.data.tokenizer import load_tokenizer
 from lclm.prepare.chat import TEMPLATES
 from lclm.prepare.chat_encoder import encode_conversations
-from lclm.prepare.encoder import encode_sources
+from lclm.prepare.encoder import check_outputs, encode_sources
 from lclm.prepare.readers import find_sources
 from lclm.prepare.resume import EncodeSummary
 from lclm.prepare.worker import EncodeOptions
@@ -196,9 +197,12 @@ def encode_chat(arguments: argparse.Namespace) -> EncodeSummary:
             if given
             else f"--chat: give --chat-template, one of {', '.join(TEMPLATES)}"
         )
+    sources = find_sources(fetch_inputs(arguments.input))
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    check_outputs(prefix_files(arguments.output_prefix), sources, tokenizer)
     return encode_conversations(
-        find_sources(fetch_inputs(arguments.input)),
-        load_tokenizer(arguments.tokenizer),
+        sources,
+        tokenizer,
         arguments.output_prefix,
         arguments.chat_template,
         arguments.prompt_weight or 0.0,

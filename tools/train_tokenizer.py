@@ -15,6 +15,7 @@ from lclm.data.remote import fetch_inputs
 from lclm.data.tokenizer import llama3_splitter
 from lclm.files import replace_text
 from lclm.prepare.documents import read_unit
+from lclm.prepare.encoder import check_outputs
 from lclm.prepare.progress import Progress
 from lclm.prepare.readers import Problem, Source, find_sources, iterate_units
 
@@ -99,6 +100,9 @@ def run(arguments: argparse.Namespace) -> None:
             " of the 256 bytes and 2 special tokens"
         )
     sources = find_sources(fetch_inputs(arguments.input), arguments.group_by)
+    names = ("tokenizer.json", "tokenizer_config.json")
+    model, described = (arguments.output / name for name in names)
+    check_outputs([model, described], sources)
     failure: list[ValueError] = []
 
     def texts() -> Iterator[str]:
@@ -126,8 +130,8 @@ def run(arguments: argparse.Namespace) -> None:
         "model_max_length": 10**30,  # transformers' way to say: no limit
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
-    replace_text(arguments.output / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
-    replace_text(arguments.output / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+    replace_text(model, tokenizer.to_str(pretty=True) + "\n")
+    replace_text(described, json.dumps(config, indent=2) + "\n")
     if size < arguments.vocab_size:
         logger.warning(
             "the vocabulary has %d tokens, not the %d asked for: the text has no more pairs to "
@@ -136,7 +140,7 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.vocab_size,
             size,
         )
-    logger.info("%s: %d tokens", arguments.output / "tokenizer.json", size)
+    logger.info("%s: %d tokens", model, size)
 
 
 def main(command_line: list[str] | None = None) -> int:

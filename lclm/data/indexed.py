@@ -27,10 +27,15 @@ from lclm.data.index_file import (
 from lclm.data.retry import RetryingFile
 from lclm.files import replace_files
 
-_ENDINGS = (".bin", ".json", ".idx")  # .idx is renamed last: with it the files are complete
+_ENDINGS = (".bin", ".weights", ".json", ".idx")  # .idx is renamed last: it makes them complete
 COPY_BYTES = 1 << 24
 
 Document = tuple[np.ndarray, np.ndarray | None]  # tokens, numbers of their weights as targets
+
+
+def prefix_files(prefix: str | os.PathLike[str]) -> list[Path]:
+    """The files that a prefix may have, there or not."""
+    return [Path(os.fspath(prefix) + ending) for ending in _ENDINGS]
 
 
 def dtype_for_vocab(vocab_size: int) -> np.dtype:
@@ -209,7 +214,7 @@ class IndexedWriter:
         self.metadata: dict[str, Any] = {}
         self._lengths = array("i")  # of every document, 0 for one without tokens
         self._weight_values = list(weight_values)
-        self._endings = (".bin", ".weights", ".json", ".idx") if weight_values else _ENDINGS
+        self._endings = [e for e in _ENDINGS if weight_values or e != ".weights"]
         self._weights: BinaryIO | None = None
 
     def __enter__(self) -> "IndexedWriter":

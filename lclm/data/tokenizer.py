@@ -71,6 +71,11 @@ def llama3_splitter() -> tokenizers.pre_tokenizers.PreTokenizer:
     return parts.Sequence([split, parts.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
+def hash_file(path: Path) -> str:
+    """SHA-256, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 class Tokenizer(ABC):
     """One tokenizer file, ready to encode.
 
@@ -93,7 +98,7 @@ class Tokenizer(ABC):
     def __init__(self, path: Path, files: list[Path]) -> None:
         self.path = path
         self.files = files
-        self.sha256 = hashlib.sha256(files[0].read_bytes()).hexdigest()
+        self.sha256 = hash_file(files[0])
 
     @abstractmethod
     def encode_batch(self, texts: list[str]) -> list[list[int]]:

@@ -34,6 +34,7 @@ from lclm.checkpoint.tokenizer_files import (
     has_tokenizer,
     read_token_ids,
 )
+from lclm.files import refuse_overwriting
 from lclm.hf.config import (
     CONFIG_NAME,
     HfModel,
@@ -56,15 +57,6 @@ EXPORT_DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 Report = Callable[[str], None]
 
 
-def _check_apart(source: Path, output: Path) -> None:
-    """The output must not replace what is being read."""
-    source, output = source.resolve(), output.resolve()
-    if output == source or output in source.parents:
-        raise CheckpointError(
-            f"output {output}: is the input {source} or holds it; give another folder"
-        )
-
-
 def convert_to_hf(
     checkpoint: Path,
     output: Path,
@@ -85,7 +77,7 @@ def convert_to_hf(
         CheckpointError: for input that cannot be converted; then `output` is as it was before.
     """
     step_folder = resolve_step_folder(checkpoint)
-    _check_apart(step_folder, output)
+    refuse_overwriting([output], [step_folder, *([tokenizer] if tokenizer else [])])
     info = read_info(step_folder)
     where = str(step_folder)
     model = parse_model(info.model, where)
@@ -154,7 +146,7 @@ def convert_from_hf(
     """
     if not hf_folder.is_dir():
         raise CheckpointError(f"Hugging Face folder {hf_folder}: no such folder")
-    _check_apart(hf_folder, output)
+    refuse_overwriting([output], [hf_folder])
     source = read_hf_config(hf_folder)
     weights = SafetensorsFolder(hf_folder)
     table = build_weight_table(source.model)

@@ -6,19 +6,20 @@ number of workers, memory does not depend on the size of the input, tokens are w
 run that was killed goes on from the last unit noted.
 """
 
+import dataclasses
 import hashlib
 import itertools
 import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from lclm.data.indexed import adopt_tokens
-from lclm.data.tokenizer import Tokenizer
+from lclm.data.indexed import adopt_tokens, prefix_files
+from lclm.data.tokenizer import Tokenizer, hash_file
+from lclm.files import refuse_overwriting
 from lclm.prepare.documents import read_unit
 from lclm.prepare.gigatoken import choose_library
 from lclm.prepare.pool import encode_in_pool
@@ -26,7 +27,7 @@ from lclm.prepare.progress import Progress
 from lclm.prepare.ray import encode_on_ray
 from lclm.prepare.readers import BLOCK_BYTES, Problem, Source, Unit, iterate_units
 from lclm.prepare.resume import EncodeSummary, State, Unfinished
-from lclm.prepare.worker import Encoded, EncodeOptions, Worker, WorkerState
+from lclm.prepare.worker import Encoded, EncodeOptions, Worker, WorkerState, what_decides
 
 NUM_NAMED = 5  # problems named in full
 SAMPLE_UNITS = 4  # of which documents are taken to compare tokenizer libraries
@@ -34,7 +35,7 @@ SAMPLE_TEXTS = 8  # of each
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Job:
     """What `encode_sources` was called with."""
 
@@ -80,21 +81,23 @@ def encode_sources(
         concurrent.futures.process.BrokenProcessPool: a worker died.
     """
     check_options(tokenizer, options)
-    job = _Job(sources, tokenizer, options, block_bytes)
     keys = options.json_keys
     prefixes = [output_prefix] if len(keys) == 1 else [f"{output_prefix}_{key}" for key in keys]
+    job = _Job(sources, tokenizer, options, block_bytes)
+    work_folder = Path(f"{output_prefix}.unfinished")
+    check_outputs([work_folder, *itertools.chain(*map(prefix_files, prefixes))], sources, tokenizer)
     described = _describe_options(options, group_by)
-    inputs = _hash_inputs(sources, tokenizer, described | {"block": block_bytes})
+    state = _worker_state(tokenizer, options)
     new = State(
         prefixes,
-        inputs=inputs,
+        inputs=_hash_inputs(sources, state, block_bytes),
         token_bytes=[0] * len(keys),
         length_bytes=[0] * len(keys),
         documents=[0] * len(sources),
     )
-    with Unfinished(f"{output_prefix}.unfinished", new) as work:
+    with Unfinished(str(work_folder), new) as work:
         try:
-            _encode_rest(job, work)
+            _encode_rest(job, state, work)
             _check_result(job, work.state)
             work.state.is_complete = True
             work.save()
@@ -122,14 +125,12 @@ def encode_sources(
         return work.state
 
 
-def _hash_inputs(
-    sources: Sequence[Source], tokenizer: Tokenizer, described: dict[str, object]
-) -> str:
+def _hash_inputs(sources: Sequence[Source], state: WorkerState, block_bytes: int) -> str:
     """SHA-256 of all that decides the output: files by path, size and time of change."""
-    digest = hashlib.sha256(tokenizer.sha256.encode())
-    digest.update(json.dumps(described).encode())
+    digest = hashlib.sha256(json.dumps([what_decides(state), block_bytes]).encode())
     for source in sources:
-        for path in itertools.chain(source.line_files, *source.documents):
+        digest.update(json.dumps([len(source.line_files), *map(len, source.documents)]).encode())
+        for path in source.files():
             status = path.stat()
             at = [str(path.absolute()), status.st_size, status.st_mtime_ns]
             digest.update(json.dumps(at).encode())
@@ -149,6 +150,17 @@ def _describe_options(options: EncodeOptions, group_by: str | None) -> dict[str,
     if options.shard[1] > 1:
         described["shard"] = list(options.shard)
     return described
+
+
+def check_outputs(
+    outputs: Sequence[Path], sources: Sequence[Source], tokenizer: Tokenizer | None = None
+) -> None:
+    """Raise ValueError where files to be written are among those that are read."""
+    files = itertools.chain.from_iterable(source.files() for source in sources)
+    roots = (source.path for source in sources)
+    refuse_overwriting(outputs, itertools.chain(roots, files), reads_folders=True)
+    if tokenizer is not None:
+        refuse_overwriting(outputs, tokenizer.files)
 
 
 def check_options(tokenizer: Tokenizer, options: EncodeOptions) -> None:
@@ -176,7 +188,7 @@ def _check_result(job: _Job, state: State) -> None:
         )
 
 
-def _encode_rest(job: _Job, work: Unfinished) -> None:
+def _encode_rest(job: _Job, worker_state: WorkerState, work: Unfinished) -> None:
     """Encode the units that are not done, and note each in input order."""
     state = work.state
     if state.is_complete:
@@ -184,7 +196,7 @@ def _encode_rest(job: _Job, work: Unfinished) -> None:
     total_bytes = job.total_bytes // job.options.shard[1]
     label = Path(work.folder).stem
     with Progress(label, total_bytes, state.bytes_read) as progress:
-        for unit, done in _encode_units(job, work):
+        for unit, done in _encode_units(job, worker_state, work):
             work.add(done)
             at = [str(unit.source), str(unit.path)]
             state.lines = state.lines if state.file == at else 0
@@ -205,7 +217,9 @@ def _encode_rest(job: _Job, work: Unfinished) -> None:
             progress.add(unit.num_bytes, note)
 
 
-def _encode_units(job: _Job, work: Unfinished) -> Iterator[tuple[Unit, Encoded]]:
+def _encode_units(
+    job: _Job, state: WorkerState, work: Unfinished
+) -> Iterator[tuple[Unit, Encoded]]:
     """The units that are not done, in input order; by worker processes when several help."""
     rest = itertools.islice(job.units(job.block_bytes), work.state.units, None)
     first = next(rest, None)
@@ -214,7 +228,7 @@ def _encode_units(job: _Job, work: Unfinished) -> Iterator[tuple[Unit, Encoded]]
     left = itertools.chain([first], rest)
     most_units = -(-job.total_bytes // job.block_bytes)
     num_workers = min(job.options.num_workers, max(1, most_units))
-    state = _worker_state(job, work.folder)
+    state = dataclasses.replace(state, plain_json_file=_choose_library(job, work.folder))
     if job.options.engine == "ray":
         yield from encode_on_ray(left, state)
         return
@@ -226,8 +240,15 @@ def _encode_units(job: _Job, work: Unfinished) -> Iterator[tuple[Unit, Encoded]]
         yield unit, worker.encode(unit)
 
 
-def _worker_state(job: _Job, folder: str) -> WorkerState:
-    """Choose the tokenizer library on a sample of the input and leave what workers load."""
+def _worker_state(tokenizer: Tokenizer, options: EncodeOptions) -> WorkerState:
+    before, after = tokenizer.end_tokens(options.prepend_bos, options.append_eod)
+    files = tuple((file.name, hash_file(file)) for file in tokenizer.files)
+    path = str(tokenizer.path)
+    return WorkerState(path, files, tokenizer.vocab_size, before, after, options)
+
+
+def _choose_library(job: _Job, folder: str) -> str:
+    """Choose the tokenizer library on a sample of the input; the file that workers load or ""."""
     samples: list[str] = []
     tokenizer, options = job.tokenizer, job.options
     units = job.units(min(job.block_bytes, BLOCK_BYTES))
@@ -236,13 +257,11 @@ def _worker_state(job: _Job, folder: str) -> WorkerState:
             texts = (item for item in read_unit(unit, options.json_keys) if type(item) is tuple)
             samples += [text for item in itertools.islice(texts, SAMPLE_TEXTS) for text in item]
     plain_json = choose_library(tokenizer, options.library, samples)
-    plain_json_file = ""
-    if plain_json is not None:
-        plain_json_file = os.path.join(folder, "gigatoken.json")
-        Path(plain_json_file).write_text(plain_json, encoding="utf-8")
-    before, after = tokenizer.end_tokens(options.prepend_bos, options.append_eod)
-    path, vocab_size = str(tokenizer.path), tokenizer.vocab_size
-    return WorkerState(path, vocab_size, before, after, plain_json_file, options)
+    if plain_json is None:
+        return ""
+    plain_json_file = os.path.join(folder, "gigatoken.json")
+    Path(plain_json_file).write_text(plain_json, encoding="utf-8")
+    return plain_json_file
 
 
 def _note_problems(state: State, problems: Sequence[Problem], on_error: str) -> None:

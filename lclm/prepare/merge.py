@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lclm.data.indexed import IndexedReader, IndexedWriter, read_all_lengths
+from lclm.data.indexed import IndexedReader, IndexedWriter, prefix_files, read_all_lengths
+from lclm.files import refuse_overwriting
 
 
 def merge_prefixes(prefixes: Sequence[str], output_prefix: str, domain: str = "") -> int:
@@ -27,10 +28,10 @@ def merge_prefixes(prefixes: Sequence[str], output_prefix: str, domain: str = ""
         ValueError: files are missing or damaged, tokenizers or options differ, shards are missing,
             given twice, or mixed with others.
     """
-    if len(set(map(os.path.abspath, prefixes))) != len(prefixes) or not prefixes:
+    if len(set(map(os.path.realpath, prefixes))) != len(prefixes) or not prefixes:
         raise ValueError("--input: give at least one prefix, each once")
-    if os.path.abspath(output_prefix) in map(os.path.abspath, prefixes):
-        raise ValueError(f"--output-prefix {output_prefix}: is one of the inputs; choose another")
+    read = [path for prefix in prefixes for path in prefix_files(prefix)]
+    refuse_overwriting(prefix_files(output_prefix), read)
     readers = [IndexedReader(prefix) for prefix in prefixes]
     _check_alike(readers)
     readers = _in_shard_order(readers)

@@ -6,6 +6,7 @@ the units in order sees the same documents whatever the number of workers.
 
 import gzip
 import io
+import itertools
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,10 @@ class Source:
     documents: tuple[tuple[Path, ...], ...]  # files joined into each document
     num_bytes: int  # on disk
     is_folder: bool
+
+    def files(self) -> Iterator[Path]:
+        """Every file, in the order they are read."""
+        return itertools.chain(self.line_files, *self.documents)
 
 
 @dataclass(frozen=True)

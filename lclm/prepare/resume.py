@@ -79,18 +79,8 @@ class Unfinished:
                 f"{self.folder}: another process is writing this prefix; wait for it, or give "
                 "another --output-prefix"
             ) from error
-        has_resumed = False
         earlier = Path(self._path("state.json"))
-        if earlier.is_file():
-            state = State(**json.loads(earlier.read_text(encoding="utf-8")))
-            has_resumed = state.inputs == self.state.inputs and self._holds(state)
-            if has_resumed:
-                self.state = state
-                logger.info("%s: going on after %d units", self.folder, state.units)
-            else:
-                logger.warning(
-                    "%s: held work on other inputs or options; started anew", self.folder
-                )
+        has_resumed = earlier.is_file() and self._resume(earlier)
         for path in Path(self.folder).iterdir():
             is_held = has_resumed and path.name.startswith(("tokens-", "lengths-"))
             if path.name != "lock" and not is_held:
@@ -104,6 +94,21 @@ class Unfinished:
 
     def __exit__(self, *raised: object) -> None:
         self._lock.close()
+
+    def _resume(self, earlier: Path) -> bool:
+        """Whether what an earlier run left goes on."""
+        try:
+            state = State(**json.loads(earlier.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:  # after a power cut, or of another version
+            logger.warning("%s: cannot be read (%s); started anew", earlier, error)
+            return False
+        if state.inputs != self.state.inputs or not self._holds(state):
+            logger.warning("%s: held work on other inputs or options; started anew", self.folder)
+            return False
+        state.prefixes = self.state.prefixes
+        self.state = state
+        logger.info("%s: going on after %d units", self.folder, state.units)
+        return True
 
     def _sizes(self, state: State) -> dict[str, int]:
         """Bytes of each file that a state stands for."""

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lclm.data.indexed import Document, IndexedReader, IndexedWriter
+from lclm.data.indexed import Document, IndexedReader, IndexedWriter, prefix_files
 from lclm.data.mds import MdsReader
 from lclm.data.tokenizer import Tokenizer
+from lclm.files import refuse_overwriting
 from lclm.prepare.gigatoken import Encoder, choose_library
 
 BATCH_DOCS = 256
@@ -44,6 +45,9 @@ def retokenize(
             from one tokenizer to another, or a special token does not exist.
     """
     reader = _open(source, old)
+    read = Path(source).iterdir() if isinstance(reader, MdsReader) else prefix_files(source)
+    tokenizers = [*old.files, *(new.files if new else [])]
+    refuse_overwriting(prefix_files(output_prefix), [*read, *tokenizers])
     if new is not None and reader.has_weights:
         raise ValueError(
             f"{source}: has masks of tokens, which cannot follow to another tokenizer; write the "

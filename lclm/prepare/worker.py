@@ -2,9 +2,9 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,6 +17,11 @@ BATCH_CHARS = 1 << 18  # characters handed to the tokenizer at once, unless one 
 BATCH_TEXTS = 1024
 
 
+# of a field that changes how the work is done but no byte of its output
+HOW = {"decides_output": False}
+VERSION = 2  # raised when the same inputs give other tokens
+
+
 @dataclass(frozen=True)
 class EncodeOptions:
     """How documents become tokens."""
@@ -25,24 +30,35 @@ class EncodeOptions:
     append_eod: bool = False
     prepend_bos: bool = False
     on_error: Literal["stop", "skip"] = "stop"
-    num_workers: int = 1
+    num_workers: int = field(default=1, metadata=HOW)
     min_tokens: int = 0  # documents of fewer are left out; special tokens do not count
     max_tokens: int = 0  # documents of more are left out; 0: no limit
-    library: Library = "auto"
+    library: Library = field(default="auto", metadata=HOW)
     shard: tuple[int, int] = (0, 1)  # number and count
-    engine: Literal["local", "ray"] = "local"  # ray: num_workers is the cluster's affair
+    # ray: num_workers is the cluster's affair
+    engine: Literal["local", "ray"] = field(default="local", metadata=HOW)
 
 
 @dataclass(frozen=True)
 class WorkerState:
-    """What every worker needs; picklable."""
+    """What every worker needs, and so all but the input that decides the output; picklable."""
 
-    tokenizer_path: str
+    tokenizer_path: str = field(metadata=HOW)
+    tokenizer_files: tuple[tuple[str, str], ...]  # name and SHA-256 of each
     vocab_size: int
     before: tuple[int, ...]  # ids put before and behind every document
     after: tuple[int, ...]
-    plain_json_file: str  # for gigatoken; empty: the ordinary library
     options: EncodeOptions
+    plain_json_file: str = field(default="", metadata=HOW)  # gigatoken; empty: ordinary library
+    version: int = VERSION
+
+
+def what_decides(value: Any) -> Any:
+    """A dataclass as a dict for JSON, without the fields that change no byte of the output."""
+    if not is_dataclass(value):
+        return value
+    kept = [item.name for item in fields(value) if item.metadata.get("decides_output", True)]
+    return {name: what_decides(getattr(value, name)) for name in kept}
 
 
 @dataclass

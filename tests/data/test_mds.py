@@ -87,6 +87,7 @@ class Wide:
     """A tokenizer of 60,000 tokens, for the ids of the shards."""
 
     vocab_size, eod_id, bos_id, kind, path, sha256 = 60000, 1, 0, "hf", Path("x"), "0" * 64
+    files: list[Path] = []  # noqa: RUF012
 
     def describe(self):
         return {"sha256": self.sha256}
