@@ -40,6 +40,7 @@ TEST_REQUIREMENTS = [
     "transformers>=4.46",
     "llama-models",  # Llama 3's tokenizer file and the code that reads it
     "mistral-common",  # SentencePiece models
+    "trl",  # chat templates of released models; not imported
 ]
 
 
@@ -115,7 +116,7 @@ setup(
         "safetensors",
         "tokenizers",
         "tiktoken",
-        "sentencepiece",
+        "sentencepiece>=0.2.3",  # offset_mapping
         "tensorboard",
         "tqdm",
     ],

@@ -50,8 +50,11 @@ conversations (--chat)
   JSON lines with a list of {"role", "content"} under messages (or --json-keys). What an assistant
   says and the token that ends its turn are targets; the rest weighs --prompt-weight, 0 as ProLong
   by default (<prefix>.weights). --chat-template llama3 and chatml are built in; tokenizer is the
-  Jinja template in the tokenizer's folder (package jinja2). In training, packing best-fit never
-  cuts a conversation. One process does this; --workers and --append-eod do not apply.
+  Jinja template in the tokenizer's folder (package jinja2), which also gets tool_calls, tools,
+  reasoning_content and whatever else it knows; what a template does not use is refused by name. A
+  message with "weight": 0 is no target. --end-token names the token that ends a turn where the
+  template goes on with the next role instead (GLM-4.5: <|user|>). In training, packing best-fit
+  never cuts a conversation. One process does this; --workers and --append-eod do not apply.
 
 output
   The format of Megatron-LM, byte for byte what its own tool writes with --append-eod, but that text
@@ -122,6 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--chat", action="store_true", help="input holds conversations, see below")
     add("--chat-template", choices=TEMPLATES, help="needed with --chat")
     add("--prompt-weight", type=float, metavar="W", help="with --chat, from 0 (default) to 1")
+    add("--end-token", default="", metavar="TOKEN", help="with --chat, see below")
     add("--group-by", choices=("file", "repo"), help="folders hold source code, see below")
     add(
         "--domain", default="", metavar="NAME", help="name in metrics (default: prefix's last part)"
@@ -149,8 +153,8 @@ def encode(arguments: argparse.Namespace) -> EncodeSummary:
     """Encode what the command line asks for; ValueError for bad input."""
     if arguments.chat:
         return encode_chat(arguments)
-    if arguments.chat_template or arguments.prompt_weight is not None:
-        raise ValueError("--chat-template and --prompt-weight: apply with --chat only")
+    if arguments.chat_template or arguments.prompt_weight is not None or arguments.end_token:
+        raise ValueError("--chat-template, --prompt-weight, --end-token: apply with --chat only")
     tokenizer = load_tokenizer(arguments.tokenizer)
     sources = find_sources(fetch_inputs(arguments.input), arguments.group_by)
     options = EncodeOptions(
@@ -209,6 +213,7 @@ def encode_chat(arguments: argparse.Namespace) -> EncodeSummary:
         keys[0],
         arguments.on_error,
         arguments.domain,
+        arguments.end_token,
     )
 
 

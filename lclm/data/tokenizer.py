@@ -10,20 +10,25 @@ No beginning-of-text token is added. Text that spells a special token stays text
 """
 
 import base64
+import bisect
+import functools
 import hashlib
 import itertools
 import json
 import os
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import sentencepiece
 import tiktoken
 import tokenizers
 
 Kind = Literal["hf", "tiktoken", "sentencepiece"]
+Span = tuple[int, int]  # of the characters of a text: begin and end
 
 # What a Hugging Face folder may hold beside tokenizer.json that belongs to the tokenizer.
 HF_COMPANIONS = (
@@ -60,6 +65,11 @@ OTHER_TIKTOKEN = {
     199998: "GPT-4o (o200k)",
     200000: "Llama 4",
 }
+# begins the names of special tokens that a text means, where it spells others: noncharacters
+TWIN = "\ufdd2\ufdd3\ufdd2\ufdd3"
+# add_dummy_prefix = false in the normalizer_spec of a ModelProto: what follows a serialized message
+# is merged into it
+NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 # tiktoken's regex engine gives up on runs of white space of some 10^6 characters
 MAX_WHITE_SPACE = 100_000
 
@@ -103,6 +113,22 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, without any token that is not in the text."""
+
+    @abstractmethod
+    def encode_with_specials(
+        self, text: str, specials: Sequence[Span]
+    ) -> tuple[list[int], list[Span]]:
+        """Ids of a text in which some spans are special tokens, and the characters of each id.
+
+        Args:
+            text: all of it, the special tokens spelled out.
+            specials: spans that each spell a special token, in order; other text that spells one
+                stays text.
+
+        Returns:
+            ids: as the model's own library gives them.
+            spans: of each id; ids of the bytes of one character share it.
+        """
 
     @abstractmethod
     def decode(self, ids: list[int]) -> str:
@@ -186,6 +212,7 @@ class _HuggingFace(Tokenizer):
         companions = [main.parent / name for name in HF_COMPANIONS]
         super().__init__(path, [main, *(file for file in companions if file.is_file())])
         text = main.read_text(encoding="utf-8")
+        self._text = text
         try:
             tree = json.loads(text)
             if "model" not in tree:
@@ -213,6 +240,59 @@ class _HuggingFace(Tokenizer):
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         encodings = self._encoder.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def encode_with_specials(
+        self, text: str, specials: Sequence[Span]
+    ) -> tuple[list[int], list[Span]]:
+        if len(specials) == sum(1 for _ in self._spelled.finditer(text)):
+            encoding = self._with_specials.encode(text, add_special_tokens=False)
+            return encoding.ids, encoding.offsets
+        # some are only spelled: those that are meant go by names that no text has
+        tokenizer, ids = self._with_twins
+        pieces: list[str] = []
+        places: list[int] = []  # of the twins' first characters
+        at = 0
+        for start, end in specials:
+            pieces += [text[at:start], TWIN, text[start:end]]
+            places.append(start + len(TWIN) * len(places))
+            at = end
+        encoding = tokenizer.encode("".join([*pieces, text[at:]]), add_special_tokens=False)
+
+        def shift(place: int) -> int:
+            num_before = bisect.bisect_left(places, place)
+            return max(
+                place - len(TWIN) * num_before, specials[num_before - 1][0] if num_before else 0
+            )
+
+        spans = [(shift(start), shift(end)) for start, end in encoding.offsets]
+        return [ids.get(token, token) for token in encoding.ids], spans
+
+    @functools.cached_property
+    def _spelled(self) -> re.Pattern[str]:
+        names = sorted(self.special_names, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names)) or r"(?!)")
+
+    @functools.cached_property
+    def _with_specials(self) -> tokenizers.Tokenizer:
+        """Looks up special tokens in a text, as transformers does."""
+        return _open_hf(self._text)
+
+    @functools.cached_property
+    def _with_twins(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
+        """Looks up a twin of every special token instead, and the special token of each twin."""
+        tree = json.loads(self._text)
+        tokenizer = _open_hf(without_spellable_specials(tree) or self._text)
+        tokenizer.encode_special_tokens = True
+        ids = {}
+        for token in tree.get("added_tokens") or []:
+            if token["special"]:
+                rules = {name: token[name] for name in ("lstrip", "rstrip", "single_word")}
+                twin = tokenizers.AddedToken(
+                    TWIN + token["content"], special=False, normalized=False, **rules
+                )
+                tokenizer.add_tokens([twin])
+                ids[tokenizer.token_to_id(twin.content)] = int(token["id"])
+        return tokenizer, ids
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
@@ -313,6 +393,23 @@ class _Tiktoken(Tokenizer):
             ids += self._encoding.encode_ordinary(text[first:last])
         return ids
 
+    def encode_with_specials(
+        self, text: str, specials: Sequence[Span]
+    ) -> tuple[list[int], list[Span]]:
+        def encode_between(start: int, end: int) -> tuple[list[int], list[Span]]:
+            ids = self._encode_one(text[start:end])
+            # bytes of a character before its last one stand at its beginning
+            ends = np.cumsum(
+                [len(self._encoding.decode_single_token_bytes(token)) for token in ids]
+            )
+            places = _character_of_byte(text[start:end]) + start
+            return ids, [
+                (int(places[first]), int(places[last]))
+                for first, last in itertools.pairwise([0, *ends])
+            ]
+
+        return _encode_pieces(text, specials, self.special_names, encode_between)
+
     def decode(self, ids: list[int]) -> str:
         return self._encoding.decode(ids)
 
@@ -362,5 +459,52 @@ class _SentencePiece(Tokenizer):
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return self._processor.encode(texts)
 
+    def encode_with_specials(
+        self, text: str, specials: Sequence[Span]
+    ) -> tuple[list[int], list[Span]]:
+        def encode_between(start: int, end: int) -> tuple[list[int], list[Span]]:
+            # a space is put before the beginning of a text, not behind a special token
+            processor = self._processor if start == 0 else self._without_prefix
+            found = processor.encode(text[start:end], return_type="offset_mapping")
+            spans = [(start + first, start + last) for first, last in found["offsets"]]
+            return found["ids"], spans
+
+        return _encode_pieces(text, specials, self.special_names, encode_between)
+
+    @functools.cached_property
+    def _without_prefix(self) -> sentencepiece.SentencePieceProcessor:
+        processor = sentencepiece.SentencePieceProcessor()
+        processor.LoadFromSerializedProto(self.files[0].read_bytes() + NO_DUMMY_PREFIX)
+        return processor
+
     def decode(self, ids: list[int]) -> str:
         return self._processor.decode(ids)
+
+
+def _encode_pieces(
+    text: str,
+    specials: Sequence[Span],
+    names: Mapping[str, int],
+    encode_between: Callable[[int, int], tuple[list[int], list[Span]]],
+) -> tuple[list[int], list[Span]]:
+    """Ids and spans of special tokens and of the text between them."""
+    ids: list[int] = []
+    spans: list[Span] = []
+    at = 0
+    for start, end in [*specials, (len(text), len(text))]:
+        if start > at:
+            more_ids, more_spans = encode_between(at, start)
+            ids += more_ids
+            spans += more_spans
+        if end > start:
+            ids.append(names[text[start:end]])
+            spans.append((start, end))
+        at = end
+    return ids, spans
+
+
+def _character_of_byte(text: str) -> np.ndarray:
+    """int64 [bytes + 1], the character each byte of the UTF-8 belongs to; last, their number."""
+    data = np.frombuffer(text.encode(), np.uint8)
+    begins = (data & 0xC0) != 0x80
+    return np.append(np.cumsum(begins) - 1, len(text))

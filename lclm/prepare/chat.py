@@ -1,262 +1,261 @@
 """Conversations to tokens and weights of targets.
 
-A template turns messages into segments: special tokens by their id, text by the tokenizer, so text
-that spells a special token stays text. Targets are what an assistant says and the token that ends
-its turn (ProLong, arXiv 2410.02660; `<|eot_id|>` of Llama 3); the rest has the prompt weight.
+A template turns a conversation into one text, in which it says where special tokens stand and what
+an assistant says. The text is encoded once, as transformers' `apply_chat_template` does, so the ids
+are equal; what a content spells stays text, also where it spells a special token. Targets are what
+an assistant says and the token that ends its turn (ProLong, arXiv 2410.02660; `<|eot_id|>` of
+Llama 3); the rest has the prompt weight.
 """
 
-import importlib
-import json
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from lclm.data.tokenizer import Tokenizer
+from lclm.data.tokenizer import Span, Tokenizer
+from lclm.prepare.chat_template import JinjaTemplate
 
 TEMPLATES = ("llama3", "chatml", "tokenizer")
-ESCAPE = "\ue000"  # private use: put into contents that spell special tokens while Jinja runs
-Message = Mapping[str, str]
+MESSAGE = ("role", "content")  # fields of a message that every template uses
+# What a record may hold beside its messages that belongs to the conversation; transformers' names.
+EXTRAS = ("tools", "documents", "chat_template_kwargs")
+Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Segment:
-    """A part of a conversation: text, or a special token by its name."""
+class Conversation:
+    """What a template renders.
+
+    Attributes:
+        messages: role and content, and further fields that the template must know.
+        weights: of each message, 1 (a target where an assistant speaks) or 0.
+        extras: tools, documents and further variables of the template.
+    """
+
+    messages: list[dict[str, Any]]
+    weights: list[int]
+    extras: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text.
+
+    Attributes:
+        text: all of it.
+        specials: spans that are special tokens, in order.
+        turns: by the number of an assistant's message, the span of what it says, its end included.
+    """
 
     text: str
-    is_special: bool
-    is_target: bool
+    specials: list[Span]
+    turns: dict[int, Span]
 
 
-def check_messages(messages: object) -> list[dict[str, str]]:
-    """Messages of one conversation as role and content.
+def check_conversation(record: Mapping[str, Any], key: str = "messages") -> Conversation:
+    """The conversation of one record.
 
     Raises:
         ValueError: says what is wrong, for the line it stands in.
     """
+    if key not in record:
+        raise ValueError(f"has no key {key!r} (its keys: {', '.join(record)})")
+    messages = record[key]
     if not isinstance(messages, list) or not messages:
         raise ValueError("holds no list of messages")
-    checked = []
+    checked, weights = [], []
     for number, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ValueError(f"message {number} is no object with a role")
-        content = message.get("content")
-        if isinstance(content, list) and all(
-            isinstance(part, dict) and part.get("type") == "text" for part in content
-        ):
-            content = "".join(str(part.get("text", "")) for part in content)
-        if not isinstance(content, str):
-            raise ValueError(f"message {number} has no text as content")
-        checked.append({"role": message["role"], "content": content})
+        fields, weight = _check_message(number, message)
+        checked.append(fields)
+        weights.append(weight)
     if not any(message["role"] == "assistant" for message in checked):
         raise ValueError("holds no message of an assistant: there is nothing to train on")
-    return checked
+    return Conversation(checked, weights, _check_extras(record))
+
+
+def _check_message(number: int, message: Any) -> tuple[dict[str, Any], int]:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ValueError(f"message {number} is no object with a role")
+    fields = {name: value for name, value in message.items() if value is not None}
+    content = (
+        fields.setdefault("content", "") if fields.get("tool_calls") else fields.get("content")
+    )
+    is_parts = isinstance(content, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        for part in content
+    )
+    if not isinstance(content, str) and not is_parts:
+        raise ValueError(f"message {number} has no text as content")
+    weight = fields.pop("weight", 1)
+    if weight not in (0, 1):
+        raise ValueError(f"message {number} has weight {weight!r}; only 0 and 1 are known")
+    return fields, int(weight)
+
+
+def _check_extras(record: Mapping[str, Any]) -> dict[str, Any]:
+    extras = {name: record[name] for name in EXTRAS if record.get(name)}
+    variables = extras.pop("chat_template_kwargs", {})
+    if not isinstance(variables, dict):
+        raise ValueError("chat_template_kwargs is no object")
+    return extras | variables
 
 
 class ChatTemplate:
     """One template with one tokenizer."""
 
-    def __init__(self, name: str, tokenizer: Tokenizer) -> None:
+    def __init__(self, name: str, tokenizer: Tokenizer, end_token: str = "") -> None:
         """Prepare it.
 
         Args:
             name: llama3, chatml, or tokenizer: the Jinja template that comes with the tokenizer.
             tokenizer: encodes text and knows the special tokens.
+            end_token: special token that ends an assistant's turn where the template writes none,
+                but goes on with the next role; empty: such a conversation is refused.
 
         Raises:
             ValueError: there is no such template, the tokenizer lacks one of its special tokens or
                 brings no template, or jinja2 is not installed.
         """
         self._tokenizer = tokenizer
-        self._name = name
-        needed: tuple[str, ...] = ()
+        self._end_token = end_token
+        self._known: Collection[str] = ()  # names of what it uses beside role and content
+        needed: tuple[str, ...] = (end_token,) if end_token else ()
         if name == "llama3":
-            self._segments: Callable[[Sequence[Message]], list[Segment]] = _llama3
-            needed = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+            self._render: Callable[[Conversation], Rendered] = _llama3
+            needed += LLAMA3_TOKENS
         elif name == "chatml":
-            self._segments = _chatml
-            needed = ("<|im_start|>", "<|im_end|>")
+            self._render = _chatml
+            needed += ("<|im_start|>", "<|im_end|>")
         elif name == "tokenizer":
-            self._segments = _JinjaTemplate(tokenizer)
+            template = JinjaTemplate(tokenizer)
+            self._known = template.names
+            self._render = lambda talk: Rendered(*template.render(talk.messages, talk.extras))
         else:
             raise ValueError(f"--chat-template {name}: use one of {', '.join(TEMPLATES)}")
         missing = [token for token in needed if tokenizer.special_id(token) is None]
         if missing:
+            what = f"the template {name}" if name in TEMPLATES[:2] else "--end-token"
             raise ValueError(
-                f"tokenizer {tokenizer.path}: has no special token {', '.join(missing)}, which the "
-                f"template {name} needs; use another --chat-template or tokenizer"
+                f"tokenizer {tokenizer.path}: has no special token {', '.join(missing)}, which "
+                f"{what} needs; use another --chat-template or tokenizer"
             )
 
-    def encode(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+    def encode(self, conversation: Conversation) -> tuple[list[int], list[int]]:
         """Token ids and, for each, 1 for a target and 0 for the prompt.
 
         Raises:
-            ValueError: the template refuses the messages.
+            ValueError: the template refuses the conversation or does not use a part of it.
         """
-        segments = [segment for segment in self._segments(messages) if segment.text]
-        texts = [segment.text for segment in segments if not segment.is_special]
-        encoded = iter(self._tokenizer.encode_batch(texts))
-        ids: list[int] = []
-        targets: list[int] = []
-        for segment in segments:
-            if segment.is_special:
-                token = self._tokenizer.special_id(segment.text)
-                assert token is not None, "templates use special tokens that are there"
-                here = [token]
-            else:
-                here = next(encoded)
-            ids += here
-            targets += [int(segment.is_target)] * len(here)
+        _refuse_unused(conversation, self._known)
+        rendered = self._render(conversation)
+        turns = [
+            self._with_end(rendered, number, span)
+            for number, span in sorted(rendered.turns.items())
+            if conversation.weights[number]
+        ]
+        text, specials = rendered.text, rendered.specials
+        if turns and turns[-1][1] > len(text):  # the template ends without the end token
+            specials = [*specials, (len(text), len(text) + len(self._end_token))]
+            text += self._end_token
+        ids, spans = self._tokenizer.encode_with_specials(text, specials)
+        is_special = {start for start, _ in specials}
+        targets = [0] * len(ids)
+        turn = 0
+        for place, (start, end) in enumerate(spans):
+            while turn < len(turns) and start >= turns[turn][1]:
+                turn += 1
+            if turn == len(turns):
+                break
+            # a token that holds the border belongs to the turn, a special token where it begins
+            last = start if start in is_special else max(start, end - 1)
+            targets[place] = int(last >= turns[turn][0])
         return ids, targets
 
-
-def _llama3(messages: Sequence[Message]) -> list[Segment]:
-    """Llama 3's format (ChatFormat of github.com/meta-llama/llama-models)."""
-    segments = [Segment("<|begin_of_text|>", True, False)]
-    for message in messages:
-        is_target = message["role"] == "assistant"
-        segments += [
-            Segment("<|start_header_id|>", True, False),
-            Segment(message["role"], False, False),
-            Segment("<|end_header_id|>", True, False),
-            Segment("\n\n", False, False),
-            Segment(message["content"].strip(), False, is_target),
-            Segment("<|eot_id|>", True, is_target),
-        ]
-    return segments
-
-
-def _chatml(messages: Sequence[Message]) -> list[Segment]:
-    segments = []
-    for message in messages:
-        is_target = message["role"] == "assistant"
-        segments += [
-            Segment("<|im_start|>", True, False),
-            Segment(f"{message['role']}\n", False, False),
-            Segment(message["content"], False, is_target),
-            Segment("<|im_end|>", True, is_target),
-            Segment("\n", False, False),
-        ]
-    return segments
-
-
-class _JinjaTemplate:
-    """The tokenizer's own template, rendered as transformers does.
-
-    What an assistant says is what its message adds behind the generation prompt. A text is cut
-    where that begins and ends; nearly all templates have a special token or a newline there.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        source, tokens = _find_template(tokenizer)
-        try:
-            sandbox = importlib.import_module("jinja2.sandbox")
-            loops = importlib.import_module("jinja2.ext").loopcontrols
-            errors = importlib.import_module("jinja2").TemplateError
-        except ImportError as error:
+    def _with_end(self, rendered: Rendered, number: int, turn: Span) -> Span:
+        """The turn with the special token that ends it."""
+        if any(span[1] == turn[1] for span in rendered.specials):
+            return turn
+        following = next((span for span in rendered.specials if span[0] == turn[1]), None)
+        if not self._end_token:
             raise ValueError(
-                "--chat-template tokenizer: needs the package jinja2, which is not installed; run: "
-                "pip install jinja2"
-            ) from error
-        environment = sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loops]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
-        self._error = errors
-        # a tag of transformers that marks the assistant's words; where they are is found otherwise
-        plain = re.sub(r"\{%(-?)\s*(end)?generation\s*(-?)%\}", r"{#\1 generation \3#}", source)
-        try:
-            self._template = environment.from_string(plain)
-        except errors as error:
-            raise ValueError(f"tokenizer {tokenizer.path}: chat template: {error}") from error
-        self._tokens = tokens
-        names = sorted(tokenizer.special_names, key=len, reverse=True)
-        self._specials = re.compile("|".join(map(re.escape, names)) or r"(?!)")
-
-    def _render(self, messages: Sequence[Message], has_prompt: bool) -> str:
-        try:
-            return str(
-                self._template.render(
-                    messages=messages, add_generation_prompt=has_prompt, **self._tokens
-                )
+                f"the chat template writes no special token at the end of message {number}: the "
+                "model would not learn to stop; name the token that ends a turn with --end-token"
             )
-        except (self._error, TypeError, ValueError) as error:
-            raise ValueError(f"the chat template refuses it: {error}") from error
-
-    def __call__(self, messages: Sequence[Message]) -> list[Segment]:
-        escaped = [
-            {
-                name: self._specials.sub(lambda found: found[0][0] + ESCAPE + found[0][1:], text)
-                for name, text in message.items()
-            }
-            for message in messages
-        ]
-        whole = self._render(escaped, False)
-        borders = []
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._render(escaped[:number], True) if number else ""
-            after = self._render(escaped[: number + 1], False)
-            if not (whole.startswith(after) and after.startswith(before)):
-                raise ValueError(
-                    f"the chat template does not append message {number}: what the assistant says "
-                    "cannot be told apart; use a named --chat-template"
-                )
-            borders.append((len(before), self._end_of_turn(whole, len(before), len(after))))
-        segments = []
-        at = 0
-        for start, end in [*borders, (len(whole), len(whole))]:
-            segments += self._cut(whole[at:start], False) + self._cut(whole[start:end], True)
-            at = end
-        return segments
-
-    def _end_of_turn(self, whole: str, start: int, end: int) -> int:
-        """Behind the last special token, where only white space follows it."""
-        last = None
-        for found in self._specials.finditer(whole, start, end):
-            last = found
-        return last.end() if last and not whole[last.end() : end].strip() else end
-
-    def _cut(self, text: str, is_target: bool) -> list[Segment]:
-        segments = []
-        at = 0
-        for found in self._specials.finditer(text):
-            plain = text[at : found.start()].replace(ESCAPE, "")
-            segments += [Segment(plain, False, is_target), Segment(found[0], True, is_target)]
-            at = found.end()
-        return [*segments, Segment(text[at:].replace(ESCAPE, ""), False, is_target)]
-
-
-def _to_json(value: object, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _refuse(message: str) -> None:
-    raise ValueError(message)
-
-
-def _find_template(tokenizer: Tokenizer) -> tuple[str, dict[str, str]]:
-    """The template's source, and bos_token and eos_token by name."""
-    folder = Path(tokenizer.files[0]).parent
-    config: dict[str, Any] = {}
-    if (folder / "tokenizer_config.json").is_file():
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    source = config.get("chat_template")
-    if isinstance(source, list):  # several, by name
-        source = next((one["template"] for one in source if one["name"] == "default"), None)
-    if (folder / "chat_template.jinja").is_file():
-        source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    if not isinstance(source, str):
+        if following is not None:
+            return turn[0], following[1]
+        if turn[1] == len(rendered.text):
+            return turn[0], turn[1] + len(self._end_token)
         raise ValueError(
-            f"tokenizer {tokenizer.path}: brings no chat template (chat_template.jinja, or "
-            "chat_template in tokenizer_config.json); use --chat-template llama3 or chatml"
+            f"the chat template goes on behind message {number} without a special token"
         )
-    tokens = {}
-    for name in ("bos_token", "eos_token"):
-        value = config.get(name)
-        value = value.get("content") if isinstance(value, dict) else value
-        tokens[name] = value or ""
-    return source, tokens
+
+
+LLAMA3_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+
+
+class _Builder:
+    """Puts a text together and notes its special tokens and turns."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.specials: list[Span] = []
+        self.turns: dict[int, Span] = {}
+
+    def special(self, name: str) -> None:
+        self.specials.append((len(self.text), len(self.text) + len(name)))
+        self.text += name
+
+    def turn(self, number: int, message: Message, content: str, end: str) -> None:
+        """Content and the special token behind it."""
+        start = len(self.text)
+        self.text += content
+        self.special(end)
+        if message["role"] == "assistant":
+            self.turns[number] = (start, len(self.text))
+
+    def done(self) -> Rendered:
+        return Rendered(self.text, self.specials, self.turns)
+
+
+def _refuse_unused(conversation: Conversation, known: Collection[str]) -> None:
+    """Raise for a part of the conversation that no template would show."""
+    for where, names in [
+        ("the conversation", set(conversation.extras)),
+        *((f"message {number}", set(one)) for number, one in enumerate(conversation.messages)),
+    ]:
+        unused = sorted(names.difference(known, MESSAGE))
+        if unused:
+            raise ValueError(
+                f"{where} has {', '.join(unused)}, which the chat template does not use; take it "
+                "out, or use --chat-template tokenizer with a template that knows it"
+            )
+
+
+def _content(message: Message) -> str:
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def _llama3(conversation: Conversation) -> Rendered:
+    """Llama 3's format (ChatFormat of github.com/meta-llama/llama-models)."""
+    begin, start, end, stop = LLAMA3_TOKENS
+    text = _Builder()
+    text.special(begin)
+    for number, message in enumerate(conversation.messages):
+        content = _content(message).strip()
+        text.special(start)
+        text.text += "ipython" if message["role"] == "tool" else message["role"]
+        text.special(end)
+        text.text += "\n\n"
+        text.turn(number, message, content, stop)
+    return text.done()
+
+
+def _chatml(conversation: Conversation) -> Rendered:
+    text = _Builder()
+    for number, message in enumerate(conversation.messages):
+        content = _content(message)
+        text.special("<|im_start|>")
+        text.text += f"{message['role']}\n"
+        text.turn(number, message, content, "<|im_end|>")
+        text.text += "\n"
+    return text.done()

@@ -7,7 +7,7 @@ import numpy as np
 
 from lclm.data.indexed import IndexedWriter
 from lclm.data.tokenizer import Tokenizer
-from lclm.prepare.chat import ChatTemplate, check_messages
+from lclm.prepare.chat import ChatTemplate, check_conversation
 from lclm.prepare.documents import read_records
 from lclm.prepare.encoder import NUM_NAMED
 from lclm.prepare.progress import Progress
@@ -24,6 +24,7 @@ def encode_conversations(
     key: str = "messages",
     on_error: str = "stop",
     domain: str = "",
+    end_token: str = "",
 ) -> EncodeSummary:
     """Write `<output_prefix>.bin/.idx/.weights/.json`; every conversation is a document.
 
@@ -36,6 +37,7 @@ def encode_conversations(
         key: of the list of messages in each line.
         on_error: stop, or skip: count bad lines and go on.
         domain: name for the `.json`; empty: the last part of the prefix.
+        end_token: see `ChatTemplate`.
 
     Raises:
         ValueError: a line is bad and on_error is "stop", the template does not fit the tokenizer,
@@ -45,7 +47,7 @@ def encode_conversations(
         raise ValueError(f"--prompt-weight {prompt_weight}: must be from 0 to 1")
     if any(source.documents for source in sources):
         raise ValueError("--chat: reads JSON lines only; leave other files out of --input")
-    chat = ChatTemplate(template, tokenizer)
+    chat = ChatTemplate(template, tokenizer, end_token)
     summary = EncodeSummary([output_prefix])
     values = (prompt_weight, 1.0)
     total_bytes = sum(source.num_bytes for source in sources)
@@ -64,9 +66,7 @@ def encode_conversations(
                 try:
                     if isinstance(item, Problem):
                         raise ValueError(item.reason)
-                    if key not in item:
-                        raise ValueError(f"has no key {key!r} (its keys: {', '.join(item)})")
-                    ids, targets = chat.encode(check_messages(item[key]))
+                    ids, targets = chat.encode(check_conversation(item, key))
                 except ValueError as error:
                     if on_error == "stop":
                         raise ValueError(
@@ -95,7 +95,12 @@ def encode_conversations(
             "sources": [
                 {"path": str(source.path), "bytes": source.num_bytes} for source in sources
             ],
-            "options": {"template": template, "prompt_weight": prompt_weight, "json_key": key},
+            "options": {
+                "template": template,
+                "prompt_weight": prompt_weight,
+                "json_key": key,
+                "end_token": end_token,
+            },
             "skipped": summary.num_skipped,
         }
     return summary

@@ -15,7 +15,7 @@ from lclm.data.indexed import IndexedReader
 from lclm.data.labels import build_label_weights, build_labels
 from lclm.data.stage_rows import StageRows
 from lclm.data.tokenizer import load_tokenizer
-from lclm.prepare.chat import ChatTemplate, check_messages
+from lclm.prepare.chat import ChatTemplate, Conversation, check_conversation
 from lclm.prepare.chat_encoder import encode_conversations
 from lclm.prepare.readers import find_sources
 
@@ -68,6 +68,14 @@ def folder(tokenizer_files, tmp_path):
     return root, write
 
 
+def talk(*messages, **extras):
+    return check_conversation({"messages": list(messages)} | extras)
+
+
+def said(tokenizer, ids, targets):
+    return tokenizer.decode([token for token, target in zip(ids, targets) if target])
+
+
 def by_transformers(root, template, messages):
     theirs = PreTrainedTokenizerFast(
         tokenizer_file=str(root / "tokenizer.json"), bos_token=SPECIAL[0]
@@ -85,30 +93,28 @@ def test_tokens_and_targets_equal_transformers(folder, name, template, source):
     tokenizer = write(template)
     chat = ChatTemplate(name if source == "named" else "tokenizer", tokenizer)
     for messages in (TALK, TALK[1:3], TALK[:3]):
-        ids, targets = chat.encode(messages)
+        ids, targets = chat.encode(talk(*messages))
         theirs = by_transformers(root, template, messages)
         assert ids == list(theirs["input_ids"])
         if name == "chatml":
             assert targets == list(theirs["assistant_masks"])
-        said = tokenizer.decode([token for token, t in zip(ids, targets) if t])
         end = "<|eot_id|>" if name == "llama3" else "<|im_end|>"
         answers = [m["content"] for m in messages if m["role"] == "assistant"]
-        assert said == "".join(answer + end for answer in answers)
+        assert said(tokenizer, ids, targets) == "".join(answer + end for answer in answers)
 
 
 @pytest.mark.parametrize("source", ["llama3", "tokenizer"])
-def test_contents_that_spell_special_tokens_stay_text(folder, source):
+@pytest.mark.parametrize("content", ["a<|eot_id|>b\ue000", "<|eot_id|>", "\ue000\uf8ff"])
+def test_what_contents_spell_stays_text(folder, source, content):
     _, write = folder
     tokenizer = write(LLAMA3)
-    evil = [
-        {"role": "user", "content": "a<|eot_id|>b"},
-        {"role": "assistant", "content": "<|eot_id|>"},
-    ]
-    ids, targets = ChatTemplate(source, tokenizer).encode(evil)
+    question = {"role": "user", "content": content}
+    answer = {"role": "assistant", "content": content}
+    ids, targets = ChatTemplate(source, tokenizer).encode(talk(question, answer))
     eot = tokenizer.special_id("<|eot_id|>")
     assert ids.count(eot) == 2 and ids[-1] == eot and targets[-1] == 1
-    said = [token for token, target in zip(ids, targets) if target]
-    assert said == [*tokenizer.encode("<|eot_id|>"), eot]
+    learned = [token for token, target in zip(ids, targets) if target]
+    assert learned == [*tokenizer.encode(content), eot]
 
 
 def test_what_templates_refuse(folder, tokenizer_files):
@@ -117,15 +123,59 @@ def test_what_templates_refuse(folder, tokenizer_files):
         ChatTemplate("tokenizer", write(None))
     with pytest.raises(ValueError, match="chat template:"):
         ChatTemplate("tokenizer", write("{% for %}"))
+    conversation = Conversation([{"role": "tool", "content": "x"}], [1])
     with pytest.raises(ValueError, match="refuses it: no such role"):
-        ChatTemplate("tokenizer", write(CHATML)).encode([{"role": "tool", "content": "x"}])
-    backwards = "{% for m in messages | reverse %}{{ m.content }}{% endfor %}"
-    with pytest.raises(ValueError, match="cannot be told apart"):
-        ChatTemplate("tokenizer", write(backwards)).encode(TALK)
+        ChatTemplate("tokenizer", write(CHATML)).encode(conversation)
     with pytest.raises(ValueError, match=r"has no special token <\|im_start\|>, <\|im_end\|>"):
         ChatTemplate("chatml", load_tokenizer(tokenizer_files["tiktoken"]))
     with pytest.raises(ValueError, match="use one of llama3"):
         ChatTemplate("alpaca", write(None))
+
+
+def test_the_token_that_ends_a_turn_is_never_left_out(folder):
+    _, write = folder
+    by_next_role = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = write(by_next_role)
+    with pytest.raises(ValueError, match=r"end of message 2: .* not learn to stop; .*--end-token"):
+        ChatTemplate("tokenizer", tokenizer).encode(talk(*TALK))
+    with pytest.raises(ValueError, match=r"no special token <\|end\|>, which --end-token needs"):
+        ChatTemplate("tokenizer", tokenizer, "<|end|>")
+    ids, targets = ChatTemplate("tokenizer", tokenizer, "<|im_end|>").encode(talk(*TALK))
+    answers = [TALK[2]["content"] + "<|im_start|>", TALK[4]["content"] + "<|im_end|>"]
+    assert said(tokenizer, ids, targets) == "".join(answers)
+
+
+def test_a_message_of_weight_0_is_no_target(folder):
+    tokenizer = folder[1](None)
+    messages = [dict(message) for message in TALK]
+    messages[2]["weight"] = 0
+    messages[4]["weight"] = 1
+    ids, targets = ChatTemplate("llama3", tokenizer).encode(talk(*messages))
+    assert said(tokenizer, ids, targets) == TALK[4]["content"] + "<|eot_id|>"
+    assert ids == ChatTemplate("llama3", tokenizer).encode(talk(*TALK))[0]
+
+
+USER, ANSWER = TALK[1], {"role": "assistant", "content": "x"}
+CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]}
+
+
+@pytest.mark.parametrize("source", ["llama3", "chatml", "tokenizer"])
+@pytest.mark.parametrize(
+    ("messages", "extras", "reason"),
+    [
+        ([USER, ANSWER | {"reasoning_content": "hm"}], {}, "message 1 has reasoning_content"),
+        ([USER, CALL], {}, "message 1 has tool_calls"),
+        ([USER, ANSWER], {"tools": [{"name": "f"}]}, "has tools"),
+        ([USER, ANSWER], {"chat_template_kwargs": {"date": "now"}}, "has date"),
+    ],
+)
+def test_what_the_template_does_not_use_is_refused(folder, source, messages, extras, reason):
+    tokenizer = folder[1](CHATML)
+    with pytest.raises(ValueError, match=reason + ", which the chat template does"):
+        ChatTemplate(source, tokenizer).encode(talk(*messages, **extras))
 
 
 @pytest.mark.parametrize(
@@ -137,17 +187,23 @@ def test_what_templates_refuse(folder, tokenizer_files):
         ([{"role": "user"}], "message 0 has no text"),
         ([{"role": "user", "content": [{"type": "image"}]}], "message 0 has no text"),
         ([{"role": "user", "content": "x"}], "no message of an assistant"),
+        ([USER, ANSWER | {"weight": 0.5}], "message 1 has weight 0.5"),
     ],
 )
 def test_messages_that_are_none(messages, reason):
     with pytest.raises(ValueError, match=reason):
-        check_messages(messages)
+        check_conversation({"messages": messages})
 
 
-def test_parts_of_text_are_joined():
+def test_parts_of_text_are_joined(folder):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    checked = check_messages([{"role": "assistant", "content": parts}])
-    assert checked == [{"role": "assistant", "content": "ab"}]
+    for source, template in [("llama3", None), ("tokenizer", LLAMA3)]:
+        chat = ChatTemplate(source, folder[1](template))
+        joined, split = (
+            chat.encode(talk(USER, {"role": "assistant", "content": content}))
+            for content in ("ab", parts)
+        )
+        assert joined == split
 
 
 def test_from_lines_to_weighted_labels(folder, tmp_path):
@@ -160,7 +216,7 @@ def test_from_lines_to_weighted_labels(folder, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     tokenizer = load_tokenizer(root)
-    ids, targets = ChatTemplate("llama3", tokenizer).encode(TALK)
+    ids, targets = ChatTemplate("llama3", tokenizer).encode(talk(*TALK))
     assert IndexedReader(tmp_path / "sft").lengths.tolist() == [len(ids)] * 3
     length = 2 * len(ids) + 9
     rows = StageRows(
