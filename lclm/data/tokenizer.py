@@ -211,13 +211,12 @@ class _HuggingFace(Tokenizer):
     def __init__(self, path: Path, main: Path) -> None:
         companions = [main.parent / name for name in HF_COMPANIONS]
         super().__init__(path, [main, *(file for file in companions if file.is_file())])
-        text = main.read_text(encoding="utf-8")
-        self._text = text
+        self._text = main.read_text(encoding="utf-8")
         try:
-            tree = json.loads(text)
+            tree = json.loads(self._text)
             if "model" not in tree:
                 raise ValueError("it has no 'model'")
-            self._tokenizer = _open_hf(text)
+            self._tokenizer = _open_hf(self._text)
             plain = without_spellable_specials(tree)
             self._encoder = self._tokenizer if plain is tree else _open_hf(json.dumps(plain))
         except Exception as error:  # the library raises bare Exception for a bad file
@@ -248,6 +247,8 @@ class _HuggingFace(Tokenizer):
             encoding = self._with_specials.encode(text, add_special_tokens=False)
             return encoding.ids, encoding.offsets
         # some are only spelled: those that are meant go by names that no text has
+        if TWIN in text:
+            raise ValueError("holds the noncharacters U+FDD2 U+FDD3 twice: no text does")
         tokenizer, ids = self._with_twins
         pieces: list[str] = []
         places: list[int] = []  # of the twins' first characters
@@ -281,7 +282,7 @@ class _HuggingFace(Tokenizer):
     def _with_twins(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
         """Looks up a twin of every special token instead, and the special token of each twin."""
         tree = json.loads(self._text)
-        tokenizer = _open_hf(without_spellable_specials(tree) or self._text)
+        tokenizer = _open_hf(json.dumps(without_spellable_specials(tree)))
         tokenizer.encode_special_tokens = True
         ids = {}
         for token in tree.get("added_tokens") or []:
