@@ -196,9 +196,7 @@ def run(histogram: LengthHistogram, count: int, quick: bool) -> list[dict[str, A
     tables = []
     with_twin = dict(STRATEGIES)
     if load_native() is not None:
-        with_twin["balanced, NumPy"] = lambda lengths, cp_size, chunk: layouts.balanced_plan(
-            lengths, cp_size, chunk, "reference"
-        )
+        with_twin["balanced, NumPy"] = partial(layouts.balanced_plan, implementation="reference")
     for row_length, longest, chunk in SETTINGS:
         rows = draw_rows(histogram, row_length, longest, count)
         title = f"{row_length // K}K rows, documents up to {longest // K}K, chunks of {chunk}"

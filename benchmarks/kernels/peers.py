@@ -191,14 +191,9 @@ def products_alone(problem: Problem) -> Run:
     """The three matrix products with nothing between them: what no loss can go below."""
     hidden, weight = (x.detach() for x in problem.inputs)
     dlogits = torch.randn(len(hidden), len(weight), device=hidden.device, dtype=hidden.dtype)
-    logits = torch.empty_like(dlogits)
-    dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight)
 
     def products() -> Tensors:
-        torch.mm(hidden, weight.t(), out=logits)
-        torch.mm(dlogits, weight, out=dhidden)
-        torch.mm(dlogits.t(), hidden, out=dweight)
-        return [logits, dhidden, dweight]
+        return [hidden @ weight.t(), dlogits @ weight, dlogits.t() @ hidden]
 
     return Run({"step": products})
 
