@@ -51,6 +51,7 @@ class Worker:
         """Let it go, and yield its answers as they come, for so many seconds at the most."""
         assert self._process.stdin is not None and self._process.stdout is not None
         timer = threading.Timer(limit_s, self._stop_late)
+        timer.daemon = True  # a run that is told to stop does not wait for it
         timer.start()
         try:
             with contextlib.suppress(BrokenPipeError):  # it is gone, as its exit code will say
