@@ -1,8 +1,7 @@
 """One AdamW step over many tensors in one Triton launch.
 
 The addresses of all tensors go to the device as one table, each program finds its tensor and block
-there. Tables are kept from step to step while addresses and sizes stay the same. Names in kernels:
-i_ program index, o_ offsets, m_ mask, b_ block value.
+there. Tables are kept from step to step while addresses and sizes stay the same.
 """
 
 import torch
@@ -18,22 +17,10 @@ NUM_WARPS = 4
 
 @triton.jit
 def adamw_kernel(
-    addresses_ptr,
-    sizes_ptr,
-    block_tensor_ptr,
-    first_block_ptr,
-    num_tensors,
-    beta1_complement,
-    beta2,
-    beta2_complement,
-    keep,
-    step_size,
-    root_correction,
-    eps,
-    STATE_DTYPE: tl.constexpr,
-    IS_ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    addresses_ptr, sizes_ptr, block_tensor_ptr, first_block_ptr,
+    num_tensors, beta1_complement, beta2, beta2_complement, keep, step_size, root_correction, eps,
+    STATE_DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Update one block of one parameter and its moments.
 
     addresses int64 [4, num_tensors]: parameters, gradients (fp32), first, second moments;

@@ -2,7 +2,6 @@
 
 Letters: T query tokens, S key tokens, N query heads, K kv heads, G = N / K, H head size; BLOCK_T
 query rows, BLOCK_S key rows and BLOCK_H (H rounded up to a power of two) columns of a tile.
-`i_` index, `o_` offsets, `b_` block value, `m_` mask.
 
 What is common to the attention kernels, forward and backward:
 - A tile (see `tiles.py`) is a block of rows and the range [begin, end) it needs of the other side,

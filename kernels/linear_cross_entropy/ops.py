@@ -155,7 +155,7 @@ def _chunk_loss(
         from .triton_impl import chunk_loss_triton
 
         losses, num_owners = chunk_loss_triton(
-            logits, labels.contiguous(), token_weights, vocab_start, group, IGNORED_LABEL
+            logits, labels.contiguous(), token_weights, vocab_start, group
         )
         dlogits = None if token_weights is None else logits
     else:

@@ -3,8 +3,7 @@
 Letters: C tokens of the chunk, V_local rows of this process's vocabulary shard. With the whole
 vocabulary here, one launch reads each row twice and writes it once. With the vocabulary cut over
 processes the same kernel runs twice, first for the shard's statistics, then, after one maximum and
-a few sums per token were exchanged, for the gradient. Names in kernels: i_ program index, o_
-offsets, m_ mask, b_ block value.
+a few sums per token were exchanged, for the gradient.
 """
 
 import torch
@@ -13,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ..backend import on_device
+from .reference import IGNORED_LABEL
 
 BLOCK_V = 4096  # 16 bf16 per thread: two 16-byte loads
 NUM_WARPS = 8
@@ -20,18 +20,11 @@ NUM_WARPS = 8
 
 @triton.jit
 def cross_entropy_kernel(
-    logits_ptr,
-    labels_ptr,
-    weights_ptr,
-    stats_ptr,
-    num_tokens,
-    vocab_size,
-    vocab_start,
-    IGNORED: tl.constexpr,
-    READS_STATS: tl.constexpr,
-    WRITES_GRADIENT: tl.constexpr,
+    logits_ptr, labels_ptr, weights_ptr, stats_ptr,
+    num_tokens, vocab_size, vocab_start,
+    IGNORED: tl.constexpr, READS_STATS: tl.constexpr, WRITES_GRADIENT: tl.constexpr,
     BLOCK_V: tl.constexpr,
-):
+):  # fmt: skip
     """One row of logits [C, V_local].
 
     stats fp32 [4, C]: maximum, sum of exponentials relative to it, logit of the label relative to
@@ -87,13 +80,12 @@ def chunk_loss_triton(
     token_weights: torch.Tensor | None,
     vocab_start: int,
     group: dist.ProcessGroup | None,
-    ignored_label: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (loss of each token fp32 [C], shards that hold its label [C]).
 
     Args:
         logits: contiguous [C, V_local]; overwritten with the gradient of the weighted loss sum.
-        labels: int64 [C], in the whole vocabulary, or ignored_label.
+        labels: int64 [C], in the whole vocabulary, or IGNORED_LABEL.
         token_weights: fp32 [C], 0 where ignored; None: no gradient, logits stay.
         vocab_start: first vocabulary entry of this shard.
         group: processes that hold the other shards; None if there are none.
@@ -106,14 +98,9 @@ def chunk_loss_triton(
     def launch(reads_stats: bool, writes_gradient: bool) -> None:
         with on_device(logits.device):
             cross_entropy_kernel[(num_tokens,)](
-                logits,
-                labels,
-                token_weights,
-                stats,
-                num_tokens,
-                logits.shape[1],
-                vocab_start,
-                IGNORED=ignored_label,
+                *(logits, labels, token_weights, stats),
+                *(num_tokens, logits.shape[1], vocab_start),
+                IGNORED=IGNORED_LABEL,
                 READS_STATS=reads_stats,
                 WRITES_GRADIENT=writes_gradient,
                 BLOCK_V=BLOCK_V,
@@ -127,7 +114,7 @@ def chunk_loss_triton(
         if writes_gradient:
             launch(reads_stats=True, writes_gradient=True)
     _, total, target, num_owners = stats
-    losses = (total.log() - target).masked_fill(labels == ignored_label, 0.0)
+    losses = (total.log() - target).masked_fill(labels == IGNORED_LABEL, 0.0)
     return losses, num_owners
 
 

@@ -2,8 +2,7 @@
 
 Letters: D model size; R rows. The backward keeps several rows in flight: a program walks over rows
 of its own with loads ahead of the arithmetic, and sums its share of the weight gradient in fp32;
-the shares of all programs are added in a second step, in a fixed order. Names in kernels: i_
-program index, o_ offsets, m_ mask, b_ block value.
+the shares of all programs are added in a second step, in a fixed order.
 """
 
 import torch
@@ -19,17 +18,10 @@ _INTERPRETED_PROGRAMS = 3  # few, so that tests see programs with several rows
 
 @triton.jit
 def rms_norm_fwd_kernel(
-    x_ptr,
-    weight_ptr,
-    y_ptr,
-    rrms_ptr,
-    num_rows,
-    x_stride_r,
-    eps,
-    SIZE: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    x_ptr, weight_ptr, y_ptr, rrms_ptr,
+    num_rows, x_stride_r, eps,
+    SIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """y [R, D] and the reciprocal rms [R] of BLOCK_R rows of x."""
     o_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     o_d = tl.arange(0, BLOCK_D)[None, :]
@@ -47,20 +39,10 @@ def rms_norm_fwd_kernel(
 
 @triton.jit
 def rms_norm_bwd_kernel(
-    dy_ptr,
-    x_ptr,
-    weight_ptr,
-    rrms_ptr,
-    dx_ptr,
-    dweight_ptr,
-    num_rows,
-    dy_stride_r,
-    x_stride_r,
-    SIZE: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-):
+    dy_ptr, x_ptr, weight_ptr, rrms_ptr, dx_ptr, dweight_ptr,
+    num_rows, dy_stride_r, x_stride_r,
+    SIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
     """dx [R, D] of every num_programs-th block of rows, and their part of dweight, fp32 [D]."""
     i_program = tl.program_id(0)
     o_d = tl.arange(0, BLOCK_D)[None, :]
@@ -115,13 +97,7 @@ def rms_norm_fwd_triton(
         tile, num_warps = launch_config(size)
         with on_device(x_RD.device):
             rms_norm_fwd_kernel[(triton.cdiv(num_rows, tile["BLOCK_R"]),)](
-                x_RD,
-                weight_D,
-                y,
-                rrms,
-                num_rows,
-                x_RD.stride(0),
-                eps,
+                *(x_RD, weight_D, y, rrms, num_rows, x_RD.stride(0), eps),
                 SIZE=size,
                 **tile,
                 num_warps=num_warps,
@@ -145,15 +121,8 @@ def rms_norm_bwd_triton(
     parts = torch.empty((num_programs, size), dtype=torch.float32, device=x_RD.device)
     with on_device(x_RD.device):
         rms_norm_bwd_kernel[(num_programs,)](
-            dy_RD,
-            x_RD,
-            weight_D,
-            rrms,
-            dx,
-            parts,
-            num_rows,
-            dy_RD.stride(0),
-            x_RD.stride(0),
+            *(dy_RD, x_RD, weight_D, rrms, dx, parts),
+            *(num_rows, dy_RD.stride(0), x_RD.stride(0)),
             SIZE=size,
             **tile,
             NUM_STAGES=bwd_stages(size),

@@ -2,8 +2,7 @@
 
 Letters: T tokens, H head size, P heads of a group as they lie in memory, of which the first R are
 rotated. Packed qkv is [T, K, G + 2, H] with P = G + 2 and R = G + 1 (the value head stays); queries
-or keys alone are one group with P = R = N. Names in kernels: i_ program index, o_ offsets, m_ mask,
-b_ block value.
+or keys alone are one group with P = R = N.
 """
 
 import torch
@@ -17,26 +16,12 @@ _TILE_ROWS = 32  # heads of tokens per program: 8 bf16 per thread and half at H 
 
 @triton.jit
 def rope_kernel(
-    x_ptr,
-    out_ptr,
-    cos_ptr,
-    sin_ptr,
-    num_tokens,
-    num_heads,
-    x_stride_t,
-    x_stride_k,
-    x_stride_p,
-    out_stride_t,
-    out_stride_k,
+    x_ptr, out_ptr, cos_ptr, sin_ptr,
+    num_tokens, num_heads, x_stride_t, x_stride_k, x_stride_p, out_stride_t, out_stride_k,
     out_stride_p,
-    HEADS_PER_GROUP: tl.constexpr,
-    ROTATED_PER_GROUP: tl.constexpr,
-    HALF: tl.constexpr,
-    IS_INVERSE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+    HEADS_PER_GROUP: tl.constexpr, ROTATED_PER_GROUP: tl.constexpr, HALF: tl.constexpr,
+    IS_INVERSE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
     """Turn BLOCK_N heads of BLOCK_T tokens; `num_heads` counts the heads that are visited."""
     o_t = (tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None, None]
     o_n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :, None]
@@ -103,14 +88,8 @@ def rotate_triton(
     grid = (triton.cdiv(num_tokens, tile["BLOCK_T"]), triton.cdiv(num_heads, tile["BLOCK_N"]))
     with on_device(x_TKPH.device):
         rope_kernel[grid](
-            x_TKPH,
-            out_TKPH,
-            cos,
-            sin,
-            num_tokens,
-            num_heads,
-            *x_TKPH.stride()[:3],
-            *out_TKPH.stride()[:3],
+            *(x_TKPH, out_TKPH, cos, sin, num_tokens, num_heads),
+            *(*x_TKPH.stride()[:3], *out_TKPH.stride()[:3]),
             HEADS_PER_GROUP=heads_per_group,
             ROTATED_PER_GROUP=num_rotated,
             HALF=head_dim // 2,
