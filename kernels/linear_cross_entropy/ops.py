@@ -51,6 +51,8 @@ def linear_cross_entropy(
     """
     _check_inputs(hidden, weight, labels, vocab_start, chunk_tokens, label_weights)
     chosen = _choose(implementation, hidden)
+    if not torch.is_grad_enabled():  # forward of a Function cannot tell
+        hidden, weight = hidden.detach(), weight.detach()
     is_counted = labels != IGNORED_LABEL
     token_weights = is_counted.to(wide_dtype(hidden.dtype))
     if label_weights is not None:

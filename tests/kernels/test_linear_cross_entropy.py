@@ -135,6 +135,19 @@ def test_per_token_loss(implementation):
     assert max_error(losses, truth) <= CROSS_ENTROPY_FP32
 
 
+def test_nothing_is_spent_on_gradients_without_autograd(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a gradient was made")
+
+    monkeypatch.setattr("lclm_kernels.linear_cross_entropy.ops._add_matmul", refuse)
+    hidden, weight, labels = make_inputs(torch.float32)
+    inputs = (hidden.requires_grad_(), weight.requires_grad_(), labels)
+    with pytest.raises(AssertionError, match="a gradient was made"):
+        linear_cross_entropy(*inputs)
+    with torch.no_grad():
+        linear_cross_entropy(*inputs)
+
+
 def test_gradcheck_fp64():
     hidden, weight, labels = make_inputs()
     arguments = (hidden[:9].requires_grad_(), weight[:, :].requires_grad_())
