@@ -20,7 +20,8 @@ input
   install lclm[remote]), fetched to $LCLM_CACHE (default ~/.cache/lclm) first.
 
 Without --to-tokenizer tokens stay as they are. With it documents are decoded, beginning-of-text and
-end-of-document tokens at their ends left out, and encoded anew.
+end-of-document tokens at their ends left out, and encoded anew. Such tokens inside a document
+become those of the other tokenizer; any other special token there is refused by name.
 
 examples
   python tools/retokenize.py --input prolong-data-64K/thestackv1_concat_by_repo-65536 \\

@@ -10,6 +10,7 @@ ProLong's columns: `input_ids`; `indices` u32 [documents, 2], spans [start, end)
 a packed sequence; `mask` u8, 1 where a token is a target (chat). arXiv 2410.02660, appendix A.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ class MdsReader:
         has_weights: whether samples carry a `mask`.
         is_chat: the same: ProLong's shards have masks for conversations and no others.
         weight_values: what 0 and 1 of a mask stand for.
+        num_outside: tokens read so far that lie in no span of `indices` and so in no document.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -65,6 +67,7 @@ class MdsReader:
             )
         self.has_weights = self.is_chat = "mask" in columns
         self.weight_values = (0.0, 1.0) if self.has_weights else ()
+        self.num_outside = 0
 
     def documents(self) -> Iterator[Document]:
         """Every document: each span of `indices`, or each sample where there are none.
@@ -88,7 +91,11 @@ class MdsReader:
                     ) from error
                 if self.has_weights:
                     sample.setdefault("mask", np.ones(len(sample["input_ids"]), np.uint8))
-                yield from _documents(sample, where)
+                spans = _spans(sample, where)
+                tokens, mask = sample["input_ids"], sample.get("mask")
+                self.num_outside += len(tokens) - sum(end - start for start, end in spans)
+                for start, end in spans:
+                    yield tokens[start:end], None if mask is None else mask[start:end]
 
     def _open(self, shard: dict[str, Any]) -> tuple[np.ndarray, Path]:
         """uint8: the shard, decompressed; mapped where it is plain."""
@@ -165,7 +172,8 @@ def _decode_array(raw: bytes, encoding: str) -> np.ndarray:
     return np.frombuffer(raw, dtype, offset=at).reshape(shape)
 
 
-def _documents(sample: dict[str, Any], where: str) -> Iterator[Document]:
+def _spans(sample: dict[str, Any], where: str) -> list[tuple[int, int]]:
+    """Where the documents of a sample start and end; checks all that was read of it."""
     tokens, mask = sample["input_ids"], sample.get("mask")
     spans = sample.get("indices")
     if tokens.ndim != 1 or (mask is not None and mask.shape != tokens.shape):
@@ -183,5 +191,11 @@ def _documents(sample: dict[str, Any], where: str) -> Iterator[Document]:
         raise ValueError(
             f"{where}: indices reach to {spans.max()}, the sample has {len(tokens)} tokens"
         )
-    for start, end in spans.tolist():
-        yield tokens[start:end], None if mask is None else mask[start:end]
+    pairs = [(start, end) for start, end in spans.tolist()]
+    for (_, end), (start, _) in itertools.pairwise(sorted(pairs)):
+        if start < end:
+            raise ValueError(
+                f"{where}: indices overlap at token {start}, which would be in two documents; the "
+                "shard is damaged: fetch it again"
+            )
+    return pairs

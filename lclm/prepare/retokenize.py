@@ -1,7 +1,8 @@
 """MDS folders and indexed prefixes to indexed prefixes, of the same tokenizer or another."""
 
 import itertools
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from lclm.data.tokenizer import Tokenizer
 from lclm.files import refuse_overwriting
 from lclm.prepare.gigatoken import Encoder, choose_library
 
+logger = logging.getLogger(__name__)
 BATCH_DOCS = 256
 SAMPLE_DOCS = 16
 
@@ -31,9 +33,10 @@ def retokenize(
         source: a folder with MDS shards, or an indexed prefix.
         output_prefix: of the new files.
         old: the tokenizer that wrote source.
-        new: None: tokens, spans and masks stay as they are. Else documents are decoded, special
-            tokens at both ends left out, and encoded anew; a document cut inside a character keeps
-            a replacement character there.
+        new: None: tokens, spans and masks stay as they are. Else documents are decoded and encoded
+            anew, a begin token at their start and an end token at their end left out. Those inside
+            a document become the new tokenizer's, the text on both sides being encoded by itself; a
+            document cut inside a character keeps a replacement character there.
         append_eod, prepend_bos: end or start every document with the special token of `new`.
         domain: name for the `.json`; empty: the last part of the prefix.
 
@@ -42,7 +45,8 @@ def retokenize(
 
     Raises:
         ValueError: source cannot be read, ids lie beyond the old vocabulary, masks would have to go
-            from one tokenizer to another, or a special token does not exist.
+            from one tokenizer to another, a special token does not exist, or a document holds one
+            that the new tokenizer has no counterpart for.
     """
     reader = _open(source, old)
     read = Path(source).iterdir() if isinstance(reader, MdsReader) else prefix_files(source)
@@ -75,6 +79,13 @@ def retokenize(
         }
         if reader.is_chat:
             writer.metadata["is_chat"] = True
+        if isinstance(reader, MdsReader) and reader.num_outside:
+            writer.metadata["tokens_outside_spans"] = reader.num_outside
+            logger.warning(
+                "%s: %d tokens lie outside every span of `indices` and are left out",
+                source,
+                reader.num_outside,
+            )
     return num_documents, num_tokens
 
 
@@ -98,22 +109,55 @@ def _encode(
     ends: list[tuple[int, ...]],
 ) -> Iterator[Document]:
     before, after = (np.array(end, np.uint32) for end in ends)
-    texts = (_decode(tokens, old) for tokens, _ in documents)
-    sample = list(itertools.islice(texts, SAMPLE_DOCS))
-    encoder = Encoder(new, choose_library(new, "auto", sample))
-    every = itertools.chain(sample, texts)
+    counterparts = {old.bos_id: new.bos_id, old.eod_id: new.eod_id}
+    special = {token: counterparts.get(token) for token in old.special_names.values()}
+    special |= {token: other for token, other in counterparts.items() if token is not None}
+    documents_cut = (_cut(tokens, old, special) for tokens, _ in documents)
+    sample = list(itertools.islice(documents_cut, SAMPLE_DOCS))
+    encoder = Encoder(new, choose_library(new, "auto", list(_texts(sample))))
+    every = itertools.chain(sample, documents_cut)
     while batch := list(itertools.islice(every, BATCH_DOCS)):
-        for ids in encoder.encode(batch):
-            yield (np.concatenate([before, ids, after]) if len(ids) else ids), None
+        encoded = iter(encoder.encode(list(_texts(batch))))
+        for parts in batch:
+            pieces = [next(encoded) if isinstance(part, str) else np.array([part], np.uint32)
+                      for part in parts]  # fmt: skip
+            if any(map(len, pieces)):
+                pieces = [before, *pieces, after]
+            yield np.concatenate(pieces), None
 
 
-def _decode(tokens: np.ndarray, old: Tokenizer) -> str:
+def _texts(documents: Sequence[Sequence[str | int]]) -> Iterator[str]:
+    return (part for parts in documents for part in parts if isinstance(part, str))
+
+
+def _cut(tokens: np.ndarray, old: Tokenizer, special: Mapping[int, int | None]) -> list[str | int]:
+    """Texts of a document, and ids of the new tokenizer for the special tokens between them.
+
+    Args:
+        tokens: integers [n].
+        old: the tokenizer of tokens.
+        special: its special tokens; None: there is no counterpart.
+    """
     if len(tokens) and int(tokens.max()) >= old.vocab_size:
         raise ValueError(
             f"tokenizer {old.path}: has {old.vocab_size} tokens, the data holds {tokens.max()}; "
             "give the tokenizer that wrote the data"
         )
     ids = tokens.tolist()
-    start = 1 if ids and ids[0] == old.bos_id else 0
-    end = len(ids) - 1 if len(ids) > start and ids[-1] == old.eod_id else len(ids)
-    return old.decode(ids[start:end])
+    at = 1 if ids and ids[0] == old.bos_id else 0
+    end = len(ids) - 1 if len(ids) > at and ids[-1] == old.eod_id else len(ids)
+    parts: list[str | int] = []
+    for place in np.flatnonzero(np.isin(tokens[:end], list(special))).tolist():
+        if place < at:
+            continue
+        other = special[ids[place]]
+        if other is None:
+            name = next((n for n, t in old.special_names.items() if t == ids[place]), ids[place])
+            raise ValueError(
+                f"tokenizer {old.path}: a document holds its special token {name} ({ids[place]}), "
+                "which the new tokenizer has no counterpart for; only begin and end of text go "
+                "from one to another: write the text anew with tools/preprocess_data.py"
+            )
+        parts += [old.decode(ids[at:place]), other]
+        at = place + 1
+    return [*parts, old.decode(ids[at:end])]

@@ -1,6 +1,7 @@
 """MDS shards that mosaicml-streaming wrote (mds/make_shards.py), and retokenizing."""
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -162,3 +163,74 @@ def test_what_cannot_be_done_is_refused(tmp_path, tokenizer_files):
     ):
         writer.add_document([1, 2], np.array([1]))
     assert list(tmp_path.iterdir()) == []
+
+
+def write_old(tmp_path, old, documents):
+    with IndexedWriter(tmp_path / "old", old.vocab_size) as writer:
+        writer.metadata = {"tokenizer": old.describe()}
+        for ids in documents:
+            writer.add_document(ids)
+    return str(tmp_path / "old")
+
+
+@pytest.mark.parametrize("kinds", [("tiktoken", "hf"), ("sentencepiece", "hf"), ("hf", "tiktoken")])
+def test_special_tokens_inside_a_document(tmp_path, tokenizer_files, kinds):
+    """A packed sequence of several texts, as shards without `indices` hold them."""
+    old, new = (load_tokenizer(tokenizer_files[kind]) for kind in kinds)
+    first, second = old.encode("hello world"), old.encode("the cat")
+    packed = [old.bos_id, *first, old.eod_id, old.bos_id, *second, old.eod_id]
+    only = [old.eod_id, old.eod_id, old.eod_id]
+    source = write_old(tmp_path, old, [packed, [*first, old.eod_id, *second], only, [old.eod_id]])
+    retokenize(source, str(tmp_path / "new"), old, new, append_eod=True)
+    reader = IndexedReader(tmp_path / "new")
+    one, two = new.encode("hello world"), new.encode("the cat")
+    assert [reader.read(number).tolist() for number in range(len(reader))] == [
+        [*one, new.eod_id, new.bos_id, *two, new.eod_id],
+        [*one, new.eod_id, *two, new.eod_id],
+        [new.eod_id] * 3,
+    ]
+
+
+def test_other_special_tokens_are_refused_by_name(tmp_path, tokenizer_files):
+    old, new = (load_tokenizer(tokenizer_files[kind]) for kind in ("tiktoken", "hf"))
+    eot = old.special_id("<|eot_id|>")
+    source = write_old(tmp_path, old, [old.encode("hello"), [*old.encode("hello"), eot, 5]])
+    with pytest.raises(ValueError, match=rf"special token <\|eot_id\|> \({eot}\).* no counterpart"):
+        retokenize(source, str(tmp_path / "new"), old, new)
+    new.bos_id = None  # a tokenizer without a begin of text
+    source = write_old(tmp_path, old, [[5, old.bos_id, 5]])
+    with pytest.raises(ValueError, match=r"special token <\|begin_of_text\|> .* no counterpart"):
+        retokenize(source, str(tmp_path / "new"), old, new)
+    assert not list(tmp_path.glob("new*"))
+
+
+def change_spans(folder, change):
+    """Change the spans of the first sample of the packed shards; every other byte stays."""
+    shutil.copytree(SHARDS / "packed", folder)
+    shard = folder / "shard.00000.mds"
+    spans = np.array(SPANS[0], np.uint32)
+    raw = shard.read_bytes()
+    assert raw.count(spans.tobytes()) == 1
+    shard.write_bytes(raw.replace(spans.tobytes(), change(spans).astype(np.uint32).tobytes()))
+
+
+def test_tokens_outside_every_span_are_counted(tmp_path, caplog):
+    change_spans(tmp_path / "s", lambda spans: spans - np.array([[0, 2], [0, 0], [0, 1]]))
+    logging.getLogger("lclm").propagate = True
+    sources = {"whole": SHARDS / "packed", "cut": tmp_path / "s"}
+    written = {name: retokenize(str(source), str(tmp_path / name), Wide())
+               for name, source in sources.items()}  # fmt: skip
+    # of six samples of 16 tokens the third and the last have spans for 14
+    assert written == {"whole": (14, 92), "cut": (14, 89)}
+    for name, num_outside in (("whole", 4), ("cut", 7)):
+        assert f"{sources[name]}: {num_outside} tokens lie outside every span" in caplog.text
+        metadata = IndexedReader(tmp_path / name).metadata
+        assert metadata["tokens_outside_spans"] == num_outside
+
+
+def test_spans_that_overlap_are_refused(tmp_path):
+    change_spans(tmp_path / "s", lambda spans: spans - np.array([[0, 0], [2, 0], [0, 0]]))
+    with pytest.raises(
+        ValueError, match=r"shard\.00000\.mds, sample 0: indices overlap at token 3"
+    ):
+        list(MdsReader(tmp_path / "s").documents())
