@@ -2,6 +2,8 @@
 """Turn text into indexed token files: <prefix>.bin, <prefix>.idx and <prefix>.json."""
 
 import argparse
+import dataclasses
+import datetime
 import logging
 import os
 import re
@@ -9,12 +11,10 @@ import sys
 from concurrent.futures.process import BrokenProcessPool
 
 from lclm.command_line import ToolFailedError, make_parser, run_tool
-from lclm.data.indexed import prefix_files
 from lclm.data.remote import fetch_inputs
-from lclm.data.tokenizer import load_tokenizer
-from lclm.prepare.chat import TEMPLATES
-from lclm.prepare.chat_encoder import encode_conversations
-from lclm.prepare.encoder import check_outputs, encode_sources
+from lclm.data.tokenizer import Tokenizer, load_tokenizer
+from lclm.prepare.chat import TEMPLATES, ChatOptions, ChatTemplate
+from lclm.prepare.encoder import encode_sources
 from lclm.prepare.readers import find_sources
 from lclm.prepare.resume import EncodeSummary
 from lclm.prepare.worker import EncodeOptions
@@ -47,14 +47,14 @@ tokenizer (told by content, not by name)
   ids of the ordinary library on test texts and on the first documents; the log says which runs.
 
 conversations (--chat)
-  JSON lines with a list of {"role", "content"} under messages (or --json-keys). What an assistant
-  says and the token that ends its turn are targets; the rest weighs --prompt-weight, 0 as ProLong
-  by default (<prefix>.weights). --chat-template llama3 and chatml are built in; tokenizer is the
-  Jinja template in the tokenizer's folder (package jinja2), which also gets tool_calls, tools,
-  reasoning_content and whatever else it knows; what a template does not use is refused by name. A
-  message with "weight": 0 is no target. --end-token names the token that ends a turn where the
-  template goes on with the next role instead (GLM-4.5: <|user|>). In training, packing best-fit
-  never cuts a conversation. One process does this; --workers and --append-eod do not apply.
+  JSON lines or Parquet with a list of {"role", "content"} under messages (or --json-keys). What an
+  assistant says and the token that ends its turn are targets; the rest weighs --prompt-weight, 0 as
+  ProLong by default (<prefix>.weights). --chat-template llama3 and chatml are built in; tokenizer
+  is the Jinja template in the tokenizer's folder (package jinja2), which also gets tool_calls,
+  tools, reasoning_content and whatever else it knows; what a template does not use is refused by
+  name. A message with "weight": 0 is no target. --end-token names the token that ends a turn where
+  the template goes on with the next role instead (GLM-4.5: <|user|>). In training, packing
+  best-fit never cuts a conversation.
 
 output
   The format of Megatron-LM, byte for byte what its own tool writes with --append-eod, but that text
@@ -125,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--chat", action="store_true", help="input holds conversations, see below")
     add("--chat-template", choices=TEMPLATES, help="needed with --chat")
     add("--prompt-weight", type=float, metavar="W", help="with --chat, from 0 (default) to 1")
-    add("--end-token", default="", metavar="TOKEN", help="with --chat, see below")
+    add("--end-token", metavar="TOKEN", help="with --chat, see below")
     add("--group-by", choices=("file", "repo"), help="folders hold source code, see below")
     add(
         "--domain", default="", metavar="NAME", help="name in metrics (default: prefix's last part)"
@@ -151,14 +151,10 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 def encode(arguments: argparse.Namespace) -> EncodeSummary:
     """Encode what the command line asks for; ValueError for bad input."""
-    if arguments.chat:
-        return encode_chat(arguments)
-    if arguments.chat_template or arguments.prompt_weight is not None or arguments.end_token:
-        raise ValueError("--chat-template, --prompt-weight, --end-token: apply with --chat only")
     tokenizer = load_tokenizer(arguments.tokenizer)
     sources = find_sources(fetch_inputs(arguments.input), arguments.group_by)
     options = EncodeOptions(
-        json_keys=tuple(arguments.json_keys or ("text",)),
+        json_keys=tuple(arguments.json_keys or ("messages" if arguments.chat else "text",)),
         append_eod=arguments.append_eod,
         prepend_bos=arguments.prepend_bos,
         on_error=arguments.on_error,
@@ -168,6 +164,7 @@ def encode(arguments: argparse.Namespace) -> EncodeSummary:
         library=arguments.tokenizer_library,
         shard=parse_shard(arguments.shard),
         engine=arguments.engine,
+        chat=chat_options(arguments, tokenizer),
     )
     if arguments.engine == "ray" and arguments.workers is not None:
         raise ValueError("--workers: does not apply to --engine ray, which uses the whole cluster")
@@ -181,40 +178,21 @@ def encode(arguments: argparse.Namespace) -> EncodeSummary:
     )
 
 
-def encode_chat(arguments: argparse.Namespace) -> EncodeSummary:
-    """The same for conversations."""
-    keys = arguments.json_keys or ["messages"]
-    refused = {
-        "--append-eod": arguments.append_eod,
-        "--prepend-bos": arguments.prepend_bos,
-        "--group-by": arguments.group_by,
-        "--min-tokens": arguments.min_tokens,
-        "--max-tokens": arguments.max_tokens,
-        "--shard": arguments.shard != "1/1",
-        "--engine": arguments.engine != "local",
-        "several --json-keys": len(keys) > 1,
-    }
-    given = [name for name, is_given in refused.items() if is_given]
-    if given or not arguments.chat_template:
-        raise ValueError(
-            f"--chat: does not go with {', '.join(given)}; leave it out"
-            if given
-            else f"--chat: give --chat-template, one of {', '.join(TEMPLATES)}"
-        )
-    sources = find_sources(fetch_inputs(arguments.input))
-    tokenizer = load_tokenizer(arguments.tokenizer)
-    check_outputs(prefix_files(arguments.output_prefix), sources, tokenizer)
-    return encode_conversations(
-        sources,
-        tokenizer,
-        arguments.output_prefix,
-        arguments.chat_template,
-        arguments.prompt_weight or 0.0,
-        keys[0],
-        arguments.on_error,
-        arguments.domain,
-        arguments.end_token,
-    )
+def chat_options(arguments: argparse.Namespace, tokenizer: Tokenizer) -> ChatOptions | None:
+    """What --chat asks for, or None."""
+    template, weight, end = arguments.chat_template, arguments.prompt_weight, arguments.end_token
+    if not arguments.chat:
+        if any(value is not None for value in (template, weight, end)):
+            raise ValueError(
+                "--chat-template, --prompt-weight and --end-token: apply with --chat only"
+            )
+        return None
+    if not template:
+        raise ValueError(f"--chat: give --chat-template, one of {', '.join(TEMPLATES)}")
+    options = ChatOptions(template, weight or 0.0, end or "")
+    if ChatTemplate(options, tokenizer).uses_date:
+        options = dataclasses.replace(options, today=datetime.date.today().isoformat())
+    return options
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -300,7 +300,12 @@ class IndexedWriter:
 
 
 def adopt_tokens(
-    prefix: str, tokens: Path, lengths: np.ndarray, vocab_size: int, metadata: dict[str, Any]
+    prefix: str,
+    tokens: Path,
+    lengths: np.ndarray,
+    vocab_size: int,
+    metadata: dict[str, Any],
+    weights: Path | None = None,
 ) -> None:
     """Make a file of tokens the `.bin` of a prefix and write `.idx` and `.json` beside it.
 
@@ -310,10 +315,13 @@ def adopt_tokens(
             was killed has renamed it already.
         lengths: int32, tokens of every document, 0 for one without tokens.
         vocab_size: decides the dtype, as `dtype_for_vocab` says.
-        metadata: as `IndexedWriter.metadata`.
+        metadata: as `IndexedWriter.metadata`; with weights, weight_values are among it.
+        weights: the same for the `.weights`.
     """
     with replace_files(Path(prefix + ".json"), Path(prefix + ".idx")) as (description, index):
         _describe(index, description, lengths, vocab_size, metadata)
+        if weights is not None and weights.exists():
+            os.replace(weights, prefix + ".weights")
         if tokens.exists():
             os.replace(tokens, prefix + ".bin")
 

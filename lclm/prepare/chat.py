@@ -22,6 +22,24 @@ Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
+class ChatOptions:
+    """How conversations become tokens.
+
+    Attributes:
+        template: llama3, chatml, or tokenizer: the Jinja template that comes with the tokenizer.
+        prompt_weight: weight of everything that no assistant says; 0: not trained on.
+        end_token: special token that ends an assistant's turn where the template writes none, but
+            goes on with the next role; empty: such a conversation is refused.
+        today: ISO date that a template which asks for the day gets; empty: today.
+    """
+
+    template: str
+    prompt_weight: float = 0.0
+    end_token: str = ""
+    today: str = ""
+
+
+@dataclass(frozen=True)
 class Conversation:
     """What a template renders.
 
@@ -100,24 +118,30 @@ def _check_extras(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class ChatTemplate:
-    """One template with one tokenizer."""
+    """One template with one tokenizer.
 
-    def __init__(self, name: str, tokenizer: Tokenizer, end_token: str = "") -> None:
+    Attributes:
+        uses_date: whether the template writes the day on which it is rendered.
+    """
+
+    def __init__(self, options: ChatOptions, tokenizer: Tokenizer) -> None:
         """Prepare it.
 
         Args:
-            name: llama3, chatml, or tokenizer: the Jinja template that comes with the tokenizer.
+            options: which template, and how.
             tokenizer: encodes text and knows the special tokens.
-            end_token: special token that ends an assistant's turn where the template writes none,
-                but goes on with the next role; empty: such a conversation is refused.
 
         Raises:
-            ValueError: there is no such template, the tokenizer lacks one of its special tokens or
-                brings no template, or jinja2 is not installed.
+            ValueError: an option is wrong, the tokenizer lacks one of the template's special tokens
+                or brings no template, or jinja2 is not installed.
         """
+        if not 0 <= options.prompt_weight <= 1:
+            raise ValueError(f"--prompt-weight {options.prompt_weight}: must be from 0 to 1")
         self._tokenizer = tokenizer
-        self._end_token = end_token
+        self._end_token = end_token = options.end_token
+        name = options.template
         self._known: Collection[str] = ()  # names of what it uses beside role and content
+        self.uses_date = False
         needed: tuple[str, ...] = (end_token,) if end_token else ()
         if name == "llama3":
             self._render: Callable[[Conversation], Rendered] = _llama3
@@ -126,8 +150,9 @@ class ChatTemplate:
             self._render = _chatml
             needed += ("<|im_start|>", "<|im_end|>")
         elif name == "tokenizer":
-            template = JinjaTemplate(tokenizer)
+            template = JinjaTemplate(tokenizer, options.today)
             self._known = template.names
+            self.uses_date = "strftime_now" in template.names
             self._render = lambda talk: Rendered(*template.render(talk.messages, talk.extras))
         else:
             raise ValueError(f"--chat-template {name}: use one of {', '.join(TEMPLATES)}")

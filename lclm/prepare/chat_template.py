@@ -37,8 +37,8 @@ class JinjaTemplate:
         names: all that the template mentions: of variables, attributes, keys and texts.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        """Compile it.
+    def __init__(self, tokenizer: Tokenizer, today: str) -> None:
+        """Compile it; `today` is an ISO date, or empty.
 
         Raises:
             ValueError: the tokenizer brings no template or a wrong one, or jinja2 is not installed.
@@ -46,7 +46,7 @@ class JinjaTemplate:
         source, self._tokens = _find_template(tokenizer)
         try:
             jinja2 = importlib.import_module("jinja2")
-            environment = _make_environment()
+            environment = _make_environment(today)
         except ImportError as error:
             raise ValueError(
                 "--chat-template tokenizer: needs the package jinja2, which is not installed; run: "
@@ -293,8 +293,9 @@ def _count_equal(first: str, second: str) -> int:
     return next((at for at, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
-def _make_environment() -> Any:
+def _make_environment(today: str) -> Any:
     """Jinja with what transformers gives to chat templates."""
+    now = datetime.datetime.fromisoformat(today) if today else datetime.datetime.now()
     sandbox = importlib.import_module("jinja2.sandbox")
     loops = importlib.import_module("jinja2.ext").loopcontrols
     environment = sandbox.ImmutableSandboxedEnvironment(
@@ -302,7 +303,7 @@ def _make_environment() -> Any:
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    environment.globals["strftime_now"] = now.strftime
     return environment
 
 

@@ -27,7 +27,8 @@ def read_unit(unit: Unit, keys: Sequence[str]) -> Iterator[tuple[str, ...] | Pro
     """
     if unit.path is not None:
         if unit.path.name.lower().endswith(PARQUET):
-            yield from _read_rows(unit, unit.path, keys)
+            for number, row in enumerate(_read_rows(unit, unit.path, keys), start=1):
+                yield _texts_of_row(unit.path, number, row)
         else:
             escaped = _escapes_in(keys)
             yield from _read_lines(unit, lambda line: _texts_of(line, keys, escaped))
@@ -36,8 +37,12 @@ def read_unit(unit: Unit, keys: Sequence[str]) -> Iterator[tuple[str, ...] | Pro
 
 
 def read_records(unit: Unit) -> Iterator[dict[str, Any] | Problem | None]:
-    """The objects of a unit of JSON lines, as `read_unit` gives texts."""
-    return _read_lines(unit, _record_of_line)
+    """The objects of a unit of JSON lines, or the rows of one of Parquet, as `read_unit`."""
+    assert unit.path is not None, "a unit of lines or rows"
+    if unit.path.name.lower().endswith(PARQUET):
+        yield from _read_rows(unit, unit.path)
+    else:
+        yield from _read_lines(unit, _unambiguous_record)
 
 
 def _read_lines(unit: Unit, parse: Callable[[bytes], T]) -> Iterator[T | Problem | None]:
@@ -99,6 +104,20 @@ def _record_of_line(line: bytes) -> "_Pairs":
     return record
 
 
+def _unambiguous_record(line: bytes) -> dict[str, Any]:
+    """The object of a line in which no key, at any depth, stands twice."""
+    record = _record_of_line(line)
+    values: list[Any] = [record]
+    for value in values:  # grows while it is walked
+        if isinstance(value, _Pairs):
+            if value.repeated:
+                raise ValueError(f"has the key {min(value.repeated)!r} twice")
+            values.extend(value.values())
+        elif isinstance(value, list):
+            values.extend(value)
+    return record
+
+
 def _texts_slowly(line: bytes, keys: Sequence[str]) -> tuple[str, ...]:
     record = _record_of_line(line)
     texts = []
@@ -130,24 +149,25 @@ class _Pairs(dict[str, Any]):
 
 
 def _read_rows(
-    unit: Unit, path: Path, keys: Sequence[str]
-) -> Iterator[tuple[str, ...] | Problem | None]:
+    unit: Unit, path: Path, keys: Sequence[str] | None = None
+) -> Iterator[dict[str, Any] | Problem]:
+    """The rows of a unit of Parquet with the columns `keys`, or with all."""
     parquet = import_optional("pyarrow.parquet", "pyarrow", path)
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            missing = [key for key in keys if key not in names]
+            columns = list(names if keys is None else keys)
+            missing = [key for key in columns if key not in names]
             if missing:
                 reason = f"has no column {missing[0]!r} (its columns: {', '.join(names)})"
                 yield Problem(path, 0, reason)
                 return
             groups = list(range(unit.start, unit.end))
-            for batch in file.iter_batches(PARQUET_ROWS, row_groups=groups, columns=list(keys)):
-                columns = [batch.column(key).to_pylist() for key in keys]
-                for texts in zip(*columns):
+            for batch in file.iter_batches(PARQUET_ROWS, row_groups=groups, columns=columns):
+                for row in zip(*(batch.column(key).to_pylist() for key in columns)):
                     number += 1
-                    yield _checked_row(path, number, keys, texts)
+                    yield dict(zip(columns, row))
     except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
         raise ValueError(
             f"input {path}, behind row {number} of row group {unit.start}: cannot be read "
@@ -155,14 +175,16 @@ def _read_rows(
         ) from error
 
 
-def _checked_row(
-    path: Path, number: int, keys: Sequence[str], texts: tuple[Any, ...]
+def _texts_of_row(
+    path: Path, number: int, row: dict[str, Any] | Problem
 ) -> tuple[str, ...] | Problem:
-    for key, text in zip(keys, texts):
+    if isinstance(row, Problem):
+        return row
+    for key, text in row.items():
         if not isinstance(text, str):
             kind = type(text).__name__
             return Problem(path, number, f"has {kind} in column {key!r}, not a string")
-    return texts
+    return tuple(row.values())
 
 
 def _read_document(files: tuple[Path, ...], is_folder: bool) -> Iterator[tuple[str] | Problem]:

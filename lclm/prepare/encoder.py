@@ -20,6 +20,7 @@ import numpy as np
 from lclm.data.indexed import adopt_tokens, prefix_files
 from lclm.data.tokenizer import Tokenizer, hash_file
 from lclm.files import refuse_overwriting
+from lclm.prepare.chat import ChatOptions, ChatTemplate
 from lclm.prepare.documents import read_unit
 from lclm.prepare.gigatoken import choose_library
 from lclm.prepare.pool import encode_in_pool
@@ -27,7 +28,14 @@ from lclm.prepare.progress import Progress
 from lclm.prepare.ray import encode_on_ray
 from lclm.prepare.readers import BLOCK_BYTES, Problem, Source, Unit, iterate_units
 from lclm.prepare.resume import EncodeSummary, State, Unfinished
-from lclm.prepare.worker import Encoded, EncodeOptions, Worker, WorkerState, what_decides
+from lclm.prepare.worker import (
+    Encoded,
+    EncodeOptions,
+    Worker,
+    WorkerState,
+    column_dtypes,
+    what_decides,
+)
 
 NUM_NAMED = 5  # problems named in full
 SAMPLE_UNITS = 4  # of which documents are taken to compare tokenizer libraries
@@ -63,6 +71,8 @@ def encode_sources(
 ) -> EncodeSummary:
     """Encode sources into `<output_prefix>.bin/.idx/.json`, or one such set per key.
 
+    Conversations bring `.weights` as well: of every token the prompt's weight or 1.
+
     Work lies in `<output_prefix>.unfinished` until it is complete. A ValueError or OSError removes
     it; a kill, an interrupt or a dead worker leaves it, and the same call goes on from there.
 
@@ -81,18 +91,21 @@ def encode_sources(
         concurrent.futures.process.BrokenProcessPool: a worker died.
     """
     check_options(tokenizer, options)
+    if options.chat is not None and any(source.documents for source in sources):
+        raise ValueError("--chat: reads JSON lines and Parquet; leave other files out of --input")
     keys = options.json_keys
     prefixes = [output_prefix] if len(keys) == 1 else [f"{output_prefix}_{key}" for key in keys]
     job = _Job(sources, tokenizer, options, block_bytes)
     work_folder = Path(f"{output_prefix}.unfinished")
     check_outputs([work_folder, *itertools.chain(*map(prefix_files, prefixes))], sources, tokenizer)
     described = _describe_options(options, group_by)
+    num_columns = len(column_dtypes(options, tokenizer.vocab_size))
     state = _worker_state(tokenizer, options)
     new = State(
         prefixes,
         inputs=_hash_inputs(sources, state, block_bytes),
-        token_bytes=[0] * len(keys),
-        length_bytes=[0] * len(keys),
+        token_bytes=[0] * num_columns,
+        length_bytes=[0] * num_columns,
         documents=[0] * len(sources),
     )
     with Unfinished(str(work_folder), new) as work:
@@ -116,8 +129,13 @@ def encode_sources(
                     "short_documents": work.state.num_short,
                     "long_documents": work.state.num_long,
                 }
-                lengths = work.lengths(number)
-                adopt_tokens(prefix, work.tokens(number), lengths, tokenizer.vocab_size, metadata)
+                weights = None
+                if options.chat is not None:
+                    weights = work.tokens(1)
+                    metadata["weight_values"] = [options.chat.prompt_weight, 1.0]
+                    metadata["is_chat"] = True
+                lengths, size = work.lengths(number), tokenizer.vocab_size
+                adopt_tokens(prefix, work.tokens(number), lengths, size, metadata, weights)
         except (ValueError, OSError):
             work.remove()
             raise
@@ -149,6 +167,8 @@ def _describe_options(options: EncodeOptions, group_by: str | None) -> dict[str,
     }
     if options.shard[1] > 1:
         described["shard"] = list(options.shard)
+    if options.chat is not None:
+        described |= dataclasses.asdict(options.chat)
     return described
 
 
@@ -170,12 +190,25 @@ def check_options(tokenizer: Tokenizer, options: EncodeOptions) -> None:
         raise ValueError(f"--json-keys {options.json_keys}: give at least one key, each once")
     if options.num_workers < 1:
         raise ValueError(f"--workers {options.num_workers}: must be at least 1")
+    if options.chat is not None:
+        _check_chat(tokenizer, options, options.chat)
     low, high = options.min_tokens, options.max_tokens
     if low < 0 or high < 0 or (high and low > high):
         raise ValueError(
             f"--min-tokens {low} --max-tokens {high}: neither may be negative, nor the first above "
             "the second; --max-tokens 0 sets no limit"
         )
+
+
+def _check_chat(tokenizer: Tokenizer, options: EncodeOptions, chat: ChatOptions) -> None:
+    ChatTemplate(chat, tokenizer)
+    if options.append_eod or options.prepend_bos:
+        raise ValueError(
+            "--chat: does not go with --append-eod or --prepend-bos; the template says where "
+            "special tokens stand: leave them out"
+        )
+    if len(options.json_keys) > 1:
+        raise ValueError(f"--chat: reads one key, not {', '.join(options.json_keys)}; give one")
 
 
 def _check_result(job: _Job, state: State) -> None:
@@ -207,7 +240,8 @@ def _encode_rest(job: _Job, worker_state: WorkerState, work: Unfinished) -> None
             state.documents[unit.source] += num_documents
             state.num_documents += num_documents
             state.num_empty += len(done.lengths[0]) - num_documents
-            state.num_tokens += sum(int(item.sum(dtype=np.int64)) for item in done.lengths)
+            lengths = done.lengths[: len(job.options.json_keys)]
+            state.num_tokens += sum(int(item.sum(dtype=np.int64)) for item in lengths)
             state.num_short += done.num_short
             state.num_long += done.num_long
             state.bytes_read += unit.num_bytes
@@ -251,6 +285,8 @@ def _choose_library(job: _Job, folder: str) -> str:
     """Choose the tokenizer library on a sample of the input; the file that workers load or ""."""
     samples: list[str] = []
     tokenizer, options = job.tokenizer, job.options
+    if options.chat is not None:
+        return ""  # gigatoken gives no places of tokens
     units = job.units(min(job.block_bytes, BLOCK_BYTES))
     if options.library != "standard":
         for unit in itertools.islice(units, SAMPLE_UNITS):

@@ -35,7 +35,7 @@ class Places:
         self._ends = context.RawArray("q", list(ends))
 
     def take(self, number: int, sizes: Sequence[int]) -> list[int]:
-        """Wait for the unit's turn; the byte at which each key's tokens start."""
+        """Wait for the unit's turn; the byte at which each column's tokens start."""
         with self._turn:
             self._turn.wait_for(lambda: self._unit.value == number)
             starts = list(self._ends)
@@ -112,13 +112,13 @@ def _end_with_parent(parent: int) -> None:
 def _encode(number: int, unit: Unit, folder: str) -> Encoded:
     """Encode a unit in a process of the pool and write its tokens."""
     assert _worker is not None and _places is not None, "the pool's initializer ran"
-    sizes = [0] * _worker.num_keys
+    sizes = [0] * len(_worker.dtypes)
     try:
         done = _worker.encode(unit)
         sizes = done.num_bytes
     finally:
         starts = _places.take(number, sizes)  # also after an error: others wait for their turn
-    for key, start in enumerate(starts):
-        write_tokens(folder, key, start, done.tokens[key])
-        done.tokens[key] = done.tokens[key][:0]
+    for column, start in enumerate(starts):
+        write_tokens(folder, column, start, done.tokens[column])
+        done.tokens[column] = done.tokens[column][:0]
     return done

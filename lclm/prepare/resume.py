@@ -1,7 +1,7 @@
 """The folder `<prefix>.unfinished` of work that can go on after a kill.
 
     state.json       how far the work has come: written in one step after each unit of input
-    tokens-K         tokens of key number K
+    tokens-K         tokens of column number K (of `Encoded`)
     lengths-K        int32, tokens of every document so far, 0 for one without
 
 What is in the two files beyond the sizes in state.json is of units that were not done when the run
@@ -28,7 +28,7 @@ class EncodeSummary:
     """What came out of it so far."""
 
     prefixes: list[str] = field(default_factory=list)
-    num_documents: int = 0  # with tokens, of the first key
+    num_documents: int = 0  # with tokens, of the first column
     num_empty: int = 0
     num_tokens: int = 0  # over all keys
     num_skipped: int = 0  # lines and files left out because of --on-error skip
@@ -45,9 +45,9 @@ class State(EncodeSummary):
     inputs: str = ""  # hash of all that decides the output
     units: int = 0  # of input
     bytes_read: int = 0  # of input on disk
-    token_bytes: list[int] = field(default_factory=list)  # per key
+    token_bytes: list[int] = field(default_factory=list)  # per column
     length_bytes: list[int] = field(default_factory=list)
-    documents: list[int] = field(default_factory=list)  # per source, of the first key
+    documents: list[int] = field(default_factory=list)  # per source, of the first column
     file: list[str] = field(default_factory=list)  # source and path of the last unit
     lines: int = 0  # of that file so far
     is_complete: bool = False  # only the renaming is left
@@ -112,8 +112,8 @@ class Unfinished:
 
     def _sizes(self, state: State) -> dict[str, int]:
         """Bytes of each file that a state stands for."""
-        tokens = {f"tokens-{key}": size for key, size in enumerate(state.token_bytes)}
-        return tokens | {f"lengths-{key}": size for key, size in enumerate(state.length_bytes)}
+        sizes = {"tokens": state.token_bytes, "lengths": state.length_bytes}
+        return {f"{name}-{k}": size for name in sizes for k, size in enumerate(sizes[name])}
 
     def _holds(self, state: State) -> bool:
         """Whether the files hold what the state says; not so after a crash of the machine."""
@@ -133,20 +133,20 @@ class Unfinished:
 
     def add(self, done: Encoded) -> None:
         """Append a unit; tokens that are not written yet are. `save` follows."""
-        for key, tokens in enumerate(done.tokens):
-            write_tokens(self.folder, key, self.state.token_bytes[key], tokens)
-            self.state.token_bytes[key] += done.num_bytes[key]
-            with open(self._path(f"lengths-{key}"), "ab") as file:
-                file.write(done.lengths[key].tobytes())
-                self.state.length_bytes[key] = file.tell()
+        for column, tokens in enumerate(done.tokens):
+            write_tokens(self.folder, column, self.state.token_bytes[column], tokens)
+            self.state.token_bytes[column] += done.num_bytes[column]
+            with open(self._path(f"lengths-{column}"), "ab") as file:
+                file.write(done.lengths[column].tobytes())
+                self.state.length_bytes[column] = file.tell()
 
-    def tokens(self, key: int) -> Path:
-        """The file of all tokens of a key."""
-        return Path(self._path(f"tokens-{key}"))
+    def tokens(self, column: int) -> Path:
+        """The file of all tokens of a column."""
+        return Path(self._path(f"tokens-{column}"))
 
-    def lengths(self, key: int) -> np.ndarray:
-        """int32, tokens of every document of a key; memory-mapped."""
-        path = self._path(f"lengths-{key}")
+    def lengths(self, column: int) -> np.ndarray:
+        """int32, tokens of every document of a column; memory-mapped."""
+        path = self._path(f"lengths-{column}")
         return np.memmap(path, np.int32, "r") if os.path.getsize(path) else np.empty(0, np.int32)
 
     def remove(self) -> None:
@@ -154,9 +154,9 @@ class Unfinished:
         shutil.rmtree(self.folder)
 
 
-def write_tokens(folder: str, key: int, start: int, tokens: np.ndarray) -> None:
-    """Write tokens into the file of a key, from byte `start` on."""
+def write_tokens(folder: str, column: int, start: int, tokens: np.ndarray) -> None:
+    """Write tokens into the file of a column, from byte `start` on."""
     if len(tokens):
-        with open(os.path.join(folder, f"tokens-{key}"), "r+b") as file:
+        with open(os.path.join(folder, f"tokens-{column}"), "r+b") as file:
             file.seek(start)
             file.write(tokens.data)

@@ -9,7 +9,9 @@ from typing import Any, Literal
 import numpy as np
 
 from lclm.data.indexed import dtype_for_vocab
-from lclm.prepare.documents import read_unit
+from lclm.data.tokenizer import load_tokenizer
+from lclm.prepare.chat import ChatOptions, ChatTemplate, check_conversation
+from lclm.prepare.documents import read_records, read_unit
 from lclm.prepare.gigatoken import Encoder, Library
 from lclm.prepare.readers import Problem, Unit
 
@@ -35,6 +37,7 @@ class EncodeOptions:
     max_tokens: int = 0  # documents of more are left out; 0: no limit
     library: Library = field(default="auto", metadata=HOW)
     shard: tuple[int, int] = (0, 1)  # number and count
+    chat: ChatOptions | None = None  # the input holds conversations, under the one json key
     # ray: num_workers is the cluster's affair
     engine: Literal["local", "ray"] = field(default="local", metadata=HOW)
 
@@ -63,13 +66,17 @@ def what_decides(value: Any) -> Any:
 
 @dataclass
 class Encoded:
-    """What one unit gave; lists have one element per key."""
+    """What one unit gave; lists have one element per column.
+
+    The columns are the tokens of each key, or the tokens of conversations and, uint8, whether each
+    is a target.
+    """
 
     tokens: list[np.ndarray]  # of its documents, valid until the worker's next unit; empty: written
     lengths: list[np.ndarray]  # int32, tokens of every document, 0 for one without
     num_bytes: list[int]  # of all tokens
     num_lines: int = 0
-    num_short: int = 0  # documents left out by min_tokens, over all keys
+    num_short: int = 0  # documents left out by min_tokens, over all columns
     num_long: int = 0
     problems: list[Problem] = field(default_factory=list)
 
@@ -82,30 +89,35 @@ class Worker:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         os.environ["RAYON_NUM_THREADS"] = "1"
         self._options = options = state.options
-        self._dtype = dtype_for_vocab(state.vocab_size)
         plain = state.plain_json_file
         plain_json = Path(plain).read_text(encoding="utf-8") if plain else None
-        self._encoder = Encoder(state.tokenizer_path, plain_json)
         self._before, self._after = np.array(state.before, int), np.array(state.after, int)
-        self.num_keys = len(options.json_keys)
+        if options.chat is None:
+            self._encoder = Encoder(state.tokenizer_path, plain_json)
+        else:
+            self._chat = ChatTemplate(options.chat, load_tokenizer(state.tokenizer_path))
+        self.dtypes = column_dtypes(options, state.vocab_size)
         # tokens of a unit; kept from unit to unit, because fresh memory costs more than writing it
-        self._rooms = [np.empty(0, self._dtype) for _ in options.json_keys]
+        self._rooms = [np.empty(0, dtype) for dtype in self.dtypes]
 
     def encode(self, unit: Unit) -> Encoded:
         """The tokens of a unit."""
         done = Encoded([], [], [])
         lengths: list[list[int]] = [[] for _ in self._rooms]
         pieces: list[list[np.ndarray]] = [[] for _ in self._rooms]
-        for batch in self._batches(unit, done):
-            for key in range(self.num_keys):
-                texts = [texts[key] for texts in batch]
-                self._encode_texts(texts, pieces[key], lengths[key], done)
-        for key, size in enumerate(map(sum, lengths)):
-            if size > len(self._rooms[key]):
-                self._rooms[key] = np.empty(2 * size, self._dtype)
-            done.tokens.append(self._rooms[key][:size])
+        if self._options.chat is None:
+            for batch in self._batches(unit, done):
+                for key in range(len(self._rooms)):
+                    texts = [texts[key] for texts in batch]
+                    self._encode_texts(texts, pieces[key], lengths[key], done)
+        else:
+            self._encode_conversations(unit, pieces, lengths, done)
+        for column, size in enumerate(map(sum, lengths)):
+            if size > len(self._rooms[column]):
+                self._rooms[column] = np.empty(2 * size, self.dtypes[column])
+            done.tokens.append(self._rooms[column][:size])
             if size:
-                np.concatenate(pieces[key], out=done.tokens[key], casting="unsafe")
+                np.concatenate(pieces[column], out=done.tokens[column], casting="unsafe")
         done.lengths = [np.array(item, np.int32) for item in lengths]
         done.num_bytes = [tokens.nbytes for tokens in done.tokens]
         return done
@@ -132,17 +144,56 @@ class Worker:
         self, texts: Sequence[str], pieces: list[np.ndarray], lengths: list[int], done: Encoded
     ) -> None:
         """Append the tokens of the texts that are kept, and how many each has."""
-        low, high = self._options.min_tokens, self._options.max_tokens
         before, after = self._before, self._after
         for ids in self._encoder.encode(texts):
             size = len(ids)
-            if size < low:
-                done.num_short += 1
-            elif high and size > high:
-                done.num_long += 1
-            elif size == 0:
+            if not self._is_kept(size, done):
+                continue
+            if size == 0:
                 # Megatron's rule: a document without tokens gets no end-of-document either
                 lengths.append(0)
             else:
                 pieces += (before, ids, after)
                 lengths.append(len(before) + size + len(after))
+
+    def _is_kept(self, size: int, done: Encoded) -> bool:
+        """Whether a document is neither too short nor too long; counted otherwise."""
+        low, high = self._options.min_tokens, self._options.max_tokens
+        if size < low:
+            done.num_short += 1
+        elif high and size > high:
+            done.num_long += 1
+        else:
+            return True
+        return False
+
+    def _encode_conversations(
+        self, unit: Unit, pieces: list[list[np.ndarray]], lengths: list[list[int]], done: Encoded
+    ) -> None:
+        """Append tokens and targets of the conversations of a unit."""
+        for item in read_records(unit):
+            done.num_lines += 1
+            if item is None:
+                continue
+            if not isinstance(item, Problem):
+                try:
+                    talk = check_conversation(item, self._options.json_keys[0])
+                    columns = self._chat.encode(talk)
+                except ValueError as error:
+                    assert unit.path is not None, "conversations do not come from whole files"
+                    item = Problem(unit.path, done.num_lines, str(error))
+            if isinstance(item, Problem):
+                done.problems.append(item)
+                if self._options.on_error == "stop":
+                    break
+            elif self._is_kept(len(columns[0]), done):
+                for column, values in enumerate(columns):
+                    pieces[column].append(np.array(values))
+                    lengths[column].append(len(values))
+
+
+def column_dtypes(options: EncodeOptions, vocab_size: int) -> list[np.dtype]:
+    """Of the columns of `Encoded`."""
+    if options.chat is not None:
+        return [dtype_for_vocab(vocab_size), np.dtype(np.uint8)]
+    return [dtype_for_vocab(vocab_size)] * len(options.json_keys)

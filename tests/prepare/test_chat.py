@@ -1,11 +1,14 @@
 """Conversations: tokens equal transformers', what is trained on, what is refused."""
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -15,9 +18,11 @@ from lclm.data.indexed import IndexedReader
 from lclm.data.labels import build_label_weights, build_labels
 from lclm.data.stage_rows import StageRows
 from lclm.data.tokenizer import load_tokenizer
-from lclm.prepare.chat import ChatTemplate, Conversation, check_conversation
-from lclm.prepare.chat_encoder import encode_conversations
+from lclm.prepare.chat import ChatOptions, ChatTemplate, Conversation, check_conversation
+from lclm.prepare.encoder import encode_sources
 from lclm.prepare.readers import find_sources
+from lclm.prepare.resume import Unfinished
+from lclm.prepare.worker import EncodeOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA3 = (
@@ -91,7 +96,7 @@ def by_transformers(root, template, messages):
 def test_tokens_and_targets_equal_transformers(folder, name, template, source):
     root, write = folder
     tokenizer = write(template)
-    chat = ChatTemplate(name if source == "named" else "tokenizer", tokenizer)
+    chat = ChatTemplate(ChatOptions(name if source == "named" else "tokenizer"), tokenizer)
     for messages in (TALK, TALK[1:3], TALK[:3]):
         ids, targets = chat.encode(talk(*messages))
         theirs = by_transformers(root, template, messages)
@@ -110,7 +115,7 @@ def test_what_contents_spell_stays_text(folder, source, content):
     tokenizer = write(LLAMA3)
     question = {"role": "user", "content": content}
     answer = {"role": "assistant", "content": content}
-    ids, targets = ChatTemplate(source, tokenizer).encode(talk(question, answer))
+    ids, targets = ChatTemplate(ChatOptions(source), tokenizer).encode(talk(question, answer))
     eot = tokenizer.special_id("<|eot_id|>")
     assert ids.count(eot) == 2 and ids[-1] == eot and targets[-1] == 1
     learned = [token for token, target in zip(ids, targets) if target]
@@ -120,16 +125,16 @@ def test_what_contents_spell_stays_text(folder, source, content):
 def test_what_templates_refuse(folder, tokenizer_files):
     _, write = folder
     with pytest.raises(ValueError, match="brings no chat template"):
-        ChatTemplate("tokenizer", write(None))
+        ChatTemplate(ChatOptions("tokenizer"), write(None))
     with pytest.raises(ValueError, match="chat template:"):
-        ChatTemplate("tokenizer", write("{% for %}"))
+        ChatTemplate(ChatOptions("tokenizer"), write("{% for %}"))
     conversation = Conversation([{"role": "tool", "content": "x"}], [1])
     with pytest.raises(ValueError, match="refuses it: no such role"):
-        ChatTemplate("tokenizer", write(CHATML)).encode(conversation)
+        ChatTemplate(ChatOptions("tokenizer"), write(CHATML)).encode(conversation)
     with pytest.raises(ValueError, match=r"has no special token <\|im_start\|>, <\|im_end\|>"):
-        ChatTemplate("chatml", load_tokenizer(tokenizer_files["tiktoken"]))
+        ChatTemplate(ChatOptions("chatml"), load_tokenizer(tokenizer_files["tiktoken"]))
     with pytest.raises(ValueError, match="use one of llama3"):
-        ChatTemplate("alpaca", write(None))
+        ChatTemplate(ChatOptions("alpaca"), write(None))
 
 
 def test_the_token_that_ends_a_turn_is_never_left_out(folder):
@@ -140,10 +145,12 @@ def test_the_token_that_ends_a_turn_is_never_left_out(folder):
     )
     tokenizer = write(by_next_role)
     with pytest.raises(ValueError, match=r"end of message 2: .* not learn to stop; .*--end-token"):
-        ChatTemplate("tokenizer", tokenizer).encode(talk(*TALK))
+        ChatTemplate(ChatOptions("tokenizer"), tokenizer).encode(talk(*TALK))
     with pytest.raises(ValueError, match=r"no special token <\|end\|>, which --end-token needs"):
-        ChatTemplate("tokenizer", tokenizer, "<|end|>")
-    ids, targets = ChatTemplate("tokenizer", tokenizer, "<|im_end|>").encode(talk(*TALK))
+        ChatTemplate(ChatOptions("tokenizer", end_token="<|end|>"), tokenizer)
+    ids, targets = ChatTemplate(ChatOptions("tokenizer", end_token="<|im_end|>"), tokenizer).encode(
+        talk(*TALK)
+    )
     answers = [TALK[2]["content"] + "<|im_start|>", TALK[4]["content"] + "<|im_end|>"]
     assert said(tokenizer, ids, targets) == "".join(answers)
 
@@ -153,9 +160,9 @@ def test_a_message_of_weight_0_is_no_target(folder):
     messages = [dict(message) for message in TALK]
     messages[2]["weight"] = 0
     messages[4]["weight"] = 1
-    ids, targets = ChatTemplate("llama3", tokenizer).encode(talk(*messages))
+    ids, targets = ChatTemplate(ChatOptions("llama3"), tokenizer).encode(talk(*messages))
     assert said(tokenizer, ids, targets) == TALK[4]["content"] + "<|eot_id|>"
-    assert ids == ChatTemplate("llama3", tokenizer).encode(talk(*TALK))[0]
+    assert ids == ChatTemplate(ChatOptions("llama3"), tokenizer).encode(talk(*TALK))[0]
 
 
 USER, ANSWER = TALK[1], {"role": "assistant", "content": "x"}
@@ -175,7 +182,7 @@ CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "argument
 def test_what_the_template_does_not_use_is_refused(folder, source, messages, extras, reason):
     tokenizer = folder[1](CHATML)
     with pytest.raises(ValueError, match=reason + ", which the chat template does"):
-        ChatTemplate(source, tokenizer).encode(talk(*messages, **extras))
+        ChatTemplate(ChatOptions(source), tokenizer).encode(talk(*messages, **extras))
 
 
 @pytest.mark.parametrize(
@@ -198,7 +205,7 @@ def test_messages_that_are_none(messages, reason):
 def test_parts_of_text_are_joined(folder):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     for source, template in [("llama3", None), ("tokenizer", LLAMA3)]:
-        chat = ChatTemplate(source, folder[1](template))
+        chat = ChatTemplate(ChatOptions(source), folder[1](template))
         joined, split = (
             chat.encode(talk(USER, {"role": "assistant", "content": content}))
             for content in ("ab", parts)
@@ -216,7 +223,7 @@ def test_from_lines_to_weighted_labels(folder, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     tokenizer = load_tokenizer(root)
-    ids, targets = ChatTemplate("llama3", tokenizer).encode(talk(*TALK))
+    ids, targets = ChatTemplate(ChatOptions("llama3"), tokenizer).encode(talk(*TALK))
     assert IndexedReader(tmp_path / "sft").lengths.tolist() == [len(ids)] * 3
     length = 2 * len(ids) + 9
     rows = StageRows(
@@ -240,7 +247,7 @@ def test_from_lines_to_weighted_labels(folder, tmp_path):
     ("extra", "message"),
     [
         ((), "give --chat-template"),
-        (("--chat-template", "llama3", "--append-eod"), "does not go with --append-eod"),
+        (("--chat-template", "llama3", "--append-eod"), "does not go with --append-eod or"),
         (("--chat-template", "llama3", "--prompt-weight", "2"), "must be from 0 to 1"),
         (("--chat-template", "llama3"), "line 2: holds no message of an assistant"),
     ],
@@ -260,9 +267,101 @@ def test_bad_conversations_are_skipped_and_named(folder, tmp_path):
     path = tmp_path / "talks.jsonl"
     lines = [{"messages": TALK}, {"messages": []}, {"talk": 1}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + "nonsense\n")
-    request = (find_sources([path]), load_tokenizer(folder[0]), str(tmp_path / "sft"), "llama3")
-    summary = encode_conversations(*request, on_error="skip")
+    options = EncodeOptions(("messages",), chat=ChatOptions("llama3"), on_error="skip")
+    sources, tokenizer = find_sources([path]), load_tokenizer(folder[0])
+    summary = encode_sources(sources, tokenizer, str(tmp_path / "sft"), options)
     assert (summary.num_documents, summary.num_skipped) == (1, 3)
     reasons = ["no list of messages", "has no key 'messages'", "is not JSON"]
     assert all(reason in text for reason, text in zip(reasons, summary.named))
     assert summary.named[2].startswith(f"{path}, line 4")
+
+
+def write_talks(path):
+    """Conversations of different lengths; every fifth has a message of weight 0."""
+    lines = []
+    for number in range(60):
+        messages = [dict(message) for message in TALK[1 : 3 + 2 * (number % 2)]]
+        messages[1] |= {"content": f"answer {number} " * (number % 7 + 1)}
+        if number % 5 == 0:
+            messages[1]["weight"] = 0
+        lines.append({"messages": messages, "url": number})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return lines
+
+
+def encode_talks(folder, path, name, num_workers=1):
+    prefix = path.parent / name / "sft"
+    options = EncodeOptions(
+        ("messages",), num_workers=num_workers, chat=ChatOptions("tokenizer", 0.5)
+    )
+    tokenizer = folder[1](CHATML)
+    encode_sources(
+        find_sources([path]), tokenizer, str(prefix), options, domain="d", block_bytes=2000
+    )
+    return {file.name: file.read_bytes() for file in prefix.parent.iterdir()}
+
+
+def test_workers_write_the_tokens_and_weights_of_each_conversation(folder, tmp_path):
+    lines = write_talks(tmp_path / "talks.jsonl")
+    alone = encode_talks(folder, tmp_path / "talks.jsonl", "alone")
+    assert set(alone) == {"sft.bin", "sft.idx", "sft.json", "sft.weights"}
+    assert encode_talks(folder, tmp_path / "talks.jsonl", "pool", num_workers=2) == alone
+    chat = ChatTemplate(ChatOptions("tokenizer"), folder[1](CHATML))
+    expected = [chat.encode(check_conversation(line)) for line in lines]
+    reader = IndexedReader(tmp_path / "alone" / "sft")
+    for number, (ids, _) in enumerate(expected):
+        assert reader.read(number).tolist() == ids
+    assert alone["sft.weights"] == bytes(target for _, targets in expected for target in targets)
+    assert json.loads(alone["sft.json"])["weight_values"] == [0.5, 1.0]
+
+
+def test_conversations_broken_off_go_on(folder, tmp_path, monkeypatch, caplog):
+    write_talks(tmp_path / "talks.jsonl")
+    whole = encode_talks(folder, tmp_path / "talks.jsonl", "whole")
+    save, calls = Unfinished.save, []
+
+    def save_or_die(work):
+        save(work)
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Unfinished, "save", save_or_die)
+    with pytest.raises(KeyboardInterrupt):
+        encode_talks(folder, tmp_path / "talks.jsonl", "twice")
+    assert (tmp_path / "twice/sft.unfinished").is_dir()
+    monkeypatch.setattr(Unfinished, "save", save)
+    monkeypatch.setattr(logging.getLogger("lclm"), "propagate", True)
+    caplog.set_level(logging.INFO)
+    assert encode_talks(folder, tmp_path / "talks.jsonl", "twice") == whole
+    assert "going on after 3 units" in caplog.text
+
+
+def test_rows_of_parquet_are_conversations(folder, tmp_path):
+    lines = write_talks(tmp_path / "talks.jsonl")
+    columns = {"messages": [line["messages"] for line in lines], "url": list(range(len(lines)))}
+    pq.write_table(pa.table(columns), tmp_path / "talks.parquet", row_group_size=11)
+    by_lines = encode_talks(folder, tmp_path / "talks.jsonl", "lines")
+    by_rows = encode_talks(folder, tmp_path / "talks.parquet", "rows")
+    for ending in ("bin", "idx", "weights"):
+        assert by_rows[f"sft.{ending}"] == by_lines[f"sft.{ending}"]
+
+
+def test_a_field_that_stands_twice_is_refused(folder, tmp_path):
+    path = tmp_path / "talks.jsonl"
+    path.write_text(
+        '{"messages": [{"role": "user", "content": "a"}, '
+        '{"role": "assistant", "content": "b", "content": "c"}]}\n'
+    )
+    with pytest.raises(ValueError, match="line 1: has the key 'content' twice"):
+        encode_talks(folder, path, "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_day_is_one_of_the_settings(folder):
+    tokenizer = folder[1]("{{ strftime_now('%d %B %Y') }}" + CHATML)
+    options = ChatOptions("tokenizer", today="2024-07-26")
+    chat = ChatTemplate(options, tokenizer)
+    assert chat.uses_date and not ChatTemplate(options, folder[1](CHATML)).uses_date
+    ids, _ = chat.encode(talk(*TALK))
+    assert tokenizer.decode(ids).startswith("26 July 2024")

@@ -10,7 +10,7 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lclm.data.tokenizer import load_tokenizer
-from lclm.prepare.chat import ChatTemplate, check_conversation
+from lclm.prepare.chat import ChatOptions, ChatTemplate, check_conversation
 
 SPEC = importlib.util.find_spec("trl")
 assert SPEC is not None and SPEC.submodule_search_locations
@@ -100,7 +100,7 @@ def test_ids_equal_transformers(trained, tmp_path, name, kind):
     source = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
     theirs = write_folder(tmp_path / "t", trained[kind], source)
     ours = load_tokenizer(tmp_path / "t")
-    chat = ChatTemplate("tokenizer", ours, BY_NEXT_ROLE.get(name, ""))
+    chat = ChatTemplate(ChatOptions("tokenizer", end_token=BY_NEXT_ROLE.get(name, "")), ours)
     for which, messages in TALKS.items():
         if which == "system" and name in NO_SYSTEM:
             with pytest.raises(ValueError, match="System role not supported"):
@@ -142,7 +142,7 @@ def test_turns_are_those_the_training_template_marks(trained, tmp_path, name):
     theirs = write_folder(tmp_path / "marked", trained["byte-level"], marked)
     talk = check_conversation({"messages": TALKS["one turn"]})
     plain, by_marks = (
-        ChatTemplate("tokenizer", load_tokenizer(tmp_path / which)).encode(talk)
+        ChatTemplate(ChatOptions("tokenizer"), load_tokenizer(tmp_path / which)).encode(talk)
         for which in ("plain", "marked")
     )
     assert plain == by_marks
@@ -173,7 +173,9 @@ def test_calls_of_tools_and_thoughts_are_targets(trained, tmp_path, name):
     if name == "qwen3":
         messages[1]["reasoning_content"] = "hm"
     talk = check_conversation({"messages": messages, "tools": [TOOL], "url": "not of the talk"})
-    ids, targets = ChatTemplate("tokenizer", load_tokenizer(tmp_path / "t")).encode(talk)
+    ids, targets = ChatTemplate(ChatOptions("tokenizer"), load_tokenizer(tmp_path / "t")).encode(
+        talk
+    )
     text = theirs.apply_chat_template(messages, tools=[TOOL], chat_template=source, tokenize=False)
     assert theirs.decode(ids) == text
     said = theirs.decode([token for token, target in zip(ids, targets) if target])
@@ -188,6 +190,8 @@ def test_an_assistant_who_speaks_first_says_its_words_alone(trained, tmp_path):
     source = (FOLDER / "qwen2_5.jinja").read_text(encoding="utf-8")
     theirs = write_folder(tmp_path / "t", trained["byte-level"], source)
     talk = check_conversation({"messages": [ANSWER]})
-    ids, targets = ChatTemplate("tokenizer", load_tokenizer(tmp_path / "t")).encode(talk)
+    ids, targets = ChatTemplate(ChatOptions("tokenizer"), load_tokenizer(tmp_path / "t")).encode(
+        talk
+    )
     said = theirs.decode([token for token, target in zip(ids, targets) if target])
     assert said == ANSWER["content"] + "<|im_end|>"

@@ -9,7 +9,7 @@ import pytest
 from lclm.data.indexed import IndexedReader
 from lclm.data.tokenizer import load_tokenizer
 from lclm.prepare import gigatoken
-from lclm.prepare.chat import ChatTemplate, check_conversation
+from lclm.prepare.chat import ChatOptions, ChatTemplate, check_conversation
 from lclm.prepare.encoder import encode_sources
 from lclm.prepare.readers import find_sources
 from lclm.prepare.worker import EncodeOptions
@@ -60,7 +60,7 @@ def test_llama_3_conversations_are_those_of_its_own_library() -> None:
     from llama_models.llama3.chat_format import ChatFormat
     from llama_models.llama3.tokenizer import Tokenizer as Theirs
 
-    tokens, targets = ChatTemplate("llama3", load_tokenizer(LLAMA3)).encode(
+    tokens, targets = ChatTemplate(ChatOptions("llama3"), load_tokenizer(LLAMA3)).encode(
         check_conversation({"messages": TALK})
     )
     theirs = ChatFormat(Theirs(LLAMA3)).encode_dialog_prompt([RawMessage(**turn) for turn in TALK])
