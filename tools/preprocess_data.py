@@ -98,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="ray: on the cluster of $RAY_ADDRESS or of this machine, see below (default: local)",
     )
     add("--append-eod", action="store_true", help="end every document with the eos token")
+    add("--eod-token", metavar="NAME", help="end with this token instead, such as <|eot_id|>")
     add("--prepend-bos", action="store_true", help="start every document with the bos token")
     add(
         "--json-keys",
@@ -152,6 +153,10 @@ def parse_shard(text: str) -> tuple[int, int]:
 def encode(arguments: argparse.Namespace) -> EncodeSummary:
     """Encode what the command line asks for; ValueError for bad input."""
     tokenizer = load_tokenizer(arguments.tokenizer)
+    if arguments.append_eod:
+        tokenizer.choose_eod(arguments.eod_token)
+    elif arguments.eod_token:
+        raise ValueError("--eod-token: applies with --append-eod only")
     sources = find_sources(fetch_inputs(arguments.input), arguments.group_by)
     options = EncodeOptions(
         json_keys=tuple(arguments.json_keys or ("messages" if arguments.chat else "text",)),

@@ -42,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--to-tokenizer", metavar="PATH", help="the tokenizer of the output, if another")
     add("--output-prefix", required=True, metavar="PREFIX")
     add("--append-eod", action="store_true", help="end every document with the eos token")
+    add("--eod-token", metavar="NAME", help="end with this token instead, such as <|eot_id|>")
     add("--prepend-bos", action="store_true", help="start every document with the bos token")
     add("--domain", default="", metavar="NAME", help="name in metrics")
     return parser
@@ -49,11 +50,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> None:
     """Do what the command line asks for; ValueError for bad input."""
+    new = load_tokenizer(options.to_tokenizer) if options.to_tokenizer else None
+    if options.append_eod and new is not None:
+        new.choose_eod(options.eod_token)
+    elif options.eod_token:
+        raise ValueError("--eod-token: applies with --append-eod and --to-tokenizer only")
     num_documents, num_tokens = retokenize(
         fetch_dataset(options.input),
         options.output_prefix,
         load_tokenizer(options.tokenizer),
-        load_tokenizer(options.to_tokenizer) if options.to_tokenizer else None,
+        new,
         options.append_eod,
         options.prepend_bos,
         options.domain,

@@ -10,7 +10,7 @@ Megatron-LM's own tool; readers here do not number such documents.
 import json
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -324,6 +324,46 @@ def adopt_tokens(
             os.replace(weights, prefix + ".weights")
         if tokens.exists():
             os.replace(tokens, prefix + ".bin")
+
+
+def tokenizer_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """What tells two descriptions of tokenizers apart, in words; empty: nothing that is known.
+
+    Tokenizers are told by their vocabulary, added tokens included, so that one in two kinds of file
+    is the same; prefixes of older versions name the hash of one file alone.
+    """
+    for field in ("vocabulary", "sha256"):
+        if field in first and field in second:
+            shown = [
+                f"{item.get('vocab_size')} tokens, {field} {item[field][:12]}"
+                for item in (first, second)
+            ]
+            return "" if first[field] == second[field] else " and ".join(shown)
+    return ""
+
+
+def check_same_tokenizer(readers: Sequence[IndexedReader], where: str) -> None:
+    """Refuse prefixes that do not belong together; files without a `.json` are not checked.
+
+    Raises:
+        ValueError: two were written with different tokenizers, or end documents differently.
+    """
+    known = [item for item in readers if item.metadata.get("tokenizer")]
+    for second in known[1:]:
+        difference = tokenizer_difference(*(r.metadata["tokenizer"] for r in (known[0], second)))
+        if difference:
+            raise ValueError(
+                f"{where}: {known[0].prefix} and {second.prefix} were written with different "
+                f"tokenizers ({difference}); write both with the same one"
+            )
+    ended = [item for item in known if item.metadata.get("options", {}).get("append_eod")]
+    for second in ended[1:]:
+        ends = [item.metadata["tokenizer"].get("eod_id") for item in (ended[0], second)]
+        if ends[0] != ends[1]:
+            raise ValueError(
+                f"{where}: documents of {ended[0].prefix} end in token {ends[0]}, those of "
+                f"{second.prefix} in {ends[1]}; write both with the same eos_token or --eod-token"
+            )
 
 
 def read_all_lengths(prefix: str) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 
 from lclm.config import MixtureEntry, check_mixture
 from lclm.data.domain import Cursor, Domain, seeded_order
-from lclm.data.indexed import IndexedReader
+from lclm.data.indexed import check_same_tokenizer
 from lclm.data.mixture import assign_rows
 from lclm.data.packing import (
     DomainRows,
@@ -167,7 +167,7 @@ class StageRows(_Rows):
             prefix: Domain(prefix, seed, held_out_fraction)
             for prefix in dict.fromkeys(entry.prefix for entry in self._entries)
         }
-        check_same_tokenizer([domain.reader for domain in self._domains.values()])
+        check_same_tokenizer([domain.reader for domain in self._domains.values()], "mixture")
         self.next_cursors = dict(cursors or {})
         self._first_cursors = {p: self.next_cursors.get(p, Cursor()) for p in self._domains}
         inputs: list[object] = [PACKING_VERSION, seq_length, num_rows]
@@ -334,19 +334,3 @@ class HeldOutRows(_Rows):
         """Row `number`, 0 <= number < num_rows; raises as `StageRows.row`."""
         self._check(number)
         return self._read(self._domain, self._rows, number)
-
-
-def check_same_tokenizer(readers: Sequence[IndexedReader]) -> None:
-    """Refuse prefixes whose `.json` name different tokenizers; files without one are not checked.
-
-    Raises:
-        ValueError: two prefixes were written with different tokenizers.
-    """
-    known = [(item.prefix, item.metadata.get("tokenizer", {}).get("sha256")) for item in readers]
-    known = [(prefix, digest) for prefix, digest in known if digest is not None]
-    for prefix, digest in known[1:]:
-        if digest != known[0][1]:
-            raise ValueError(
-                f"mixture: {known[0][0]} and {prefix} were written with different tokenizers "
-                f"(sha256 {known[0][1][:12]} and {digest[:12]}); write both with the same one"
-            )

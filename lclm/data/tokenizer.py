@@ -6,37 +6,30 @@
   https://github.com/meta-llama/llama-models), and files known to be of other models refused.
 - `sentencepiece`: a serialized model.
 
+Tokens that the files beside them add or name are taken over as transformers does, or refused.
 No beginning-of-text token is added. Text that spells a special token stays text.
 """
 
 import base64
-import bisect
 import functools
 import hashlib
 import itertools
 import json
+import logging
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import sentencepiece
 import tiktoken
 import tokenizers
 
-Kind = Literal["hf", "tiktoken", "sentencepiece"]
-Span = tuple[int, int]  # of the characters of a text: begin and end
+from lclm.data.tokenizer_files import COMPANIONS, Companions, read_companions
 
-# What a Hugging Face folder may hold beside tokenizer.json that belongs to the tokenizer.
-HF_COMPANIONS = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
+Kind = Literal["hf", "tiktoken", "sentencepiece"]
+
 # End-of-document tokens of common models, for a tokenizer.json that comes alone.
 COMMON_EOD = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "<|eos|>")
 COMMON_BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<|bos|>")
@@ -65,11 +58,6 @@ OTHER_TIKTOKEN = {
     199998: "GPT-4o (o200k)",
     200000: "Llama 4",
 }
-# begins the names of special tokens that a text means, where it spells others: noncharacters
-TWIN = "\ufdd2\ufdd3\ufdd2\ufdd3"
-# add_dummy_prefix = false in the normalizer_spec of a ModelProto: what follows a serialized message
-# is merged into it
-NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 # tiktoken's regex engine gives up on runs of white space of some 10^6 characters
 MAX_WHITE_SPACE = 100_000
 
@@ -86,6 +74,9 @@ def hash_file(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+logger = logging.getLogger(__name__)
+
+
 class Tokenizer(ABC):
     """One tokenizer file, ready to encode.
 
@@ -97,6 +88,7 @@ class Tokenizer(ABC):
         vocab_size: ids are 0 .. vocab_size - 1, special tokens included.
         eod_id, bos_id: end of document and beginning of text; None where the file names none.
         special_names: special tokens by their names.
+        ids: tokens by their names, for those that have one.
     """
 
     kind: Kind
@@ -104,35 +96,70 @@ class Tokenizer(ABC):
     eod_id: int | None
     bos_id: int | None
     special_names: dict[str, int]
+    ids: dict[str, int]
 
-    def __init__(self, path: Path, files: list[Path]) -> None:
+    def __init__(self, path: Path, main: Path) -> None:
         self.path = path
-        self.files = files
-        self.sha256 = hash_file(files[0])
+        companions = (main.parent / name for name in COMPANIONS)
+        self.files = [main, *(file for file in companions if file.is_file())]
+        self.sha256 = hash_file(main)
+        self._companions = read_companions(main.parent)
 
     @abstractmethod
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, without any token that is not in the text."""
 
     @abstractmethod
-    def encode_with_specials(
-        self, text: str, specials: Sequence[Span]
-    ) -> tuple[list[int], list[Span]]:
-        """Ids of a text in which some spans are special tokens, and the characters of each id.
-
-        Args:
-            text: all of it, the special tokens spelled out.
-            specials: spans that each spell a special token, in order; other text that spells one
-                stays text.
-
-        Returns:
-            ids: as the model's own library gives them.
-            spans: of each id; ids of the bytes of one character share it.
-        """
+    def spellings(self) -> dict[int, bytes]:
+        """What each id stands for, the same in every kind of file that holds the tokenizer."""
 
     @abstractmethod
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens written out where the library can."""
+
+    @functools.cached_property
+    def vocabulary(self) -> str:
+        """SHA-256 of all tokens, the same for every file that holds this tokenizer."""
+        digest = hashlib.sha256()
+        for token, spelled in sorted(self.spellings().items()):
+            digest.update(b"%d %d " % (token, len(spelled)) + spelled)
+        return digest.hexdigest()
+
+    def name_ends(self, eod: int | None, bos: int | None) -> None:
+        """Set eod_id and bos_id as the files beside the tokenizer name them, else as given.
+
+        Raises:
+            ValueError: they name a token that is not there.
+        """
+        self.eod_id, self.bos_id = eod, bos
+        names, folder = self._companions.names, self._companions.folder
+        for field, name in names.items():
+            if name not in self.ids:
+                raise ValueError(
+                    f"tokenizer {folder}: {field} is {name!r}, which {self.files[0].name} does "
+                    "not have; correct one of the two files"
+                )
+        if "eos_token" in names:
+            self.eod_id = self.ids[names["eos_token"]]
+        if "bos_token" in names:
+            self.bos_id = self.ids[names["bos_token"]]
+
+    def choose_eod(self, name: str | None) -> None:
+        """End documents with the token of this name, if any, and say in the log which one it is.
+
+        Raises:
+            ValueError: there is no such token.
+        """
+        if name is not None and name not in self.ids:
+            raise ValueError(
+                f"--eod-token {name}: tokenizer {self.path} has no such token; its special tokens "
+                f"are {', '.join(list(self.special_names)[:20]) or 'none'}"
+            )
+        if name is not None:
+            self.eod_id = self.ids[name]
+        found = next((name for name, token in self.ids.items() if token == self.eod_id), None)
+        if found is not None:
+            logger.info("documents end in %s (token %d of %s)", found, self.eod_id, self.path)
 
     def end_tokens(self, prepend_bos: bool, append_eod: bool) -> list[tuple[int, ...]]:
         """Ids put before and behind every document; ValueError where one asked for has no name."""
@@ -163,6 +190,7 @@ class Tokenizer(ABC):
             "path": str(self.path),
             "kind": self.kind,
             "sha256": self.sha256,
+            "vocabulary": self.vocabulary,
             "vocab_size": self.vocab_size,
             "eod_id": self.eod_id,
             "bos_id": self.bos_id,
@@ -182,7 +210,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     with open(main, "rb") as file:
         head = file.read(4096)
     if head.lstrip().startswith(b"{"):
-        return _HuggingFace(given, main)
+        return HuggingFaceTokenizer(given, main)
     if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", head):
         return _Tiktoken(given, main)
     return _SentencePiece(given, main)
@@ -205,20 +233,21 @@ def _main_file(path: Path) -> Path:
     )
 
 
-class _HuggingFace(Tokenizer):
+class HuggingFaceTokenizer(Tokenizer):
     kind: Kind = "hf"
 
     def __init__(self, path: Path, main: Path) -> None:
-        companions = [main.parent / name for name in HF_COMPANIONS]
-        super().__init__(path, [main, *(file for file in companions if file.is_file())])
-        self._text = main.read_text(encoding="utf-8")
+        super().__init__(path, main)
+        text = main.read_text(encoding="utf-8")
         try:
-            tree = json.loads(self._text)
+            tree = json.loads(text)
             if "model" not in tree:
                 raise ValueError("it has no 'model'")
-            self._tokenizer = _open_hf(self._text)
+            self._tokenizer = open_hf(text)
+            if _add_tokens(self._tokenizer, self._companions):
+                tree = json.loads(self._tokenizer.to_str())
             plain = without_spellable_specials(tree)
-            self._encoder = self._tokenizer if plain is tree else _open_hf(json.dumps(plain))
+            self._encoder = self._tokenizer if plain is tree else open_hf(json.dumps(plain))
         except Exception as error:  # the library raises bare Exception for a bad file
             raise ValueError(
                 f"tokenizer {main}: starts like JSON but is not a Hugging Face tokenizer.json: "
@@ -226,84 +255,86 @@ class _HuggingFace(Tokenizer):
             ) from error
         # special tokens are looked up by name only: in a text they are ordinary characters
         self._encoder.encode_special_tokens = True
-        ids = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(ids.values(), default=-1) + 1
+        self.ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(self.ids.values(), default=-1) + 1
+        _check_agreement(tree, self.ids, self._companions)
+        parts = [tree.get("pre_tokenizer"), tree.get("decoder")]
+        self._is_byte_level = '"ByteLevel"' in json.dumps(parts)
         self.special_names = {
             str(token["content"]): int(token["id"])
             for token in tree.get("added_tokens") or []
             if token["special"]
         }
-        self.eod_id = _named_id(main.parent, "eos_token", COMMON_EOD, ids)
-        self.bos_id = _named_id(main.parent, "bos_token", COMMON_BOS, ids)
+        eod, bos = (
+            next((self.ids[name] for name in common if name in self.ids), None)
+            for common in (COMMON_EOD, COMMON_BOS)
+        )
+        self.name_ends(eod, bos)
+
+    def to_json(self) -> str:
+        """The tokenizer.json of what encodes, with the tokens of the files beside it."""
+        return str(self._tokenizer.to_str())
+
+    def spellings(self) -> dict[int, bytes]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        spelled = {token: name.encode() for name, token in self.ids.items()}
+        if self._is_byte_level:
+            values = {name: value for value, name in byte_names().items()}
+            for name, token in self.ids.items():
+                if token not in added and all(letter in values for letter in name):
+                    spelled[token] = bytes(values[letter] for letter in name)
+        return spelled
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         encodings = self._encoder.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
-    def encode_with_specials(
-        self, text: str, specials: Sequence[Span]
-    ) -> tuple[list[int], list[Span]]:
-        if len(specials) == sum(1 for _ in self._spelled.finditer(text)):
-            encoding = self._with_specials.encode(text, add_special_tokens=False)
-            return encoding.ids, encoding.offsets
-        # some are only spelled: those that are meant go by names that no text has
-        if TWIN in text:
-            raise ValueError("holds the noncharacters U+FDD2 U+FDD3 twice: no text does")
-        tokenizer, ids = self._with_twins
-        pieces: list[str] = []
-        places: list[int] = []  # of the twins' first characters
-        at = 0
-        for start, end in specials:
-            pieces += [text[at:start], TWIN, text[start:end]]
-            places.append(start + len(TWIN) * len(places))
-            at = end
-        encoding = tokenizer.encode("".join([*pieces, text[at:]]), add_special_tokens=False)
-
-        def shift(place: int) -> int:
-            num_before = bisect.bisect_left(places, place)
-            return max(
-                place - len(TWIN) * num_before, specials[num_before - 1][0] if num_before else 0
-            )
-
-        spans = [(shift(start), shift(end)) for start, end in encoding.offsets]
-        return [ids.get(token, token) for token in encoding.ids], spans
-
-    @functools.cached_property
-    def _spelled(self) -> re.Pattern[str]:
-        names = sorted(self.special_names, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, names)) or r"(?!)")
-
-    @functools.cached_property
-    def _with_specials(self) -> tokenizers.Tokenizer:
-        """Looks up special tokens in a text, as transformers does."""
-        return _open_hf(self._text)
-
-    @functools.cached_property
-    def _with_twins(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
-        """Looks up a twin of every special token instead, and the special token of each twin."""
-        tree = json.loads(self._text)
-        tokenizer = _open_hf(json.dumps(without_spellable_specials(tree)))
-        tokenizer.encode_special_tokens = True
-        ids = {}
-        for token in tree.get("added_tokens") or []:
-            if token["special"]:
-                rules = {name: token[name] for name in ("lstrip", "rstrip", "single_word")}
-                twin = tokenizers.AddedToken(
-                    TWIN + token["content"], special=False, normalized=False, **rules
-                )
-                tokenizer.add_tokens([twin])
-                ids[tokenizer.token_to_id(twin.content)] = int(token["id"])
-        return tokenizer, ids
-
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
 
-def _open_hf(text: str) -> tokenizers.Tokenizer:
+def open_hf(text: str) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer.from_str(text)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _add_tokens(tokenizer: tokenizers.Tokenizer, companions: Companions) -> bool:
+    """Add the tokens of the files beside it that it lacks, or has otherwise; whether there were."""
+    added = tokenizer.get_added_tokens_decoder().values()
+    there = {token.content if companions.is_old else repr(token) for token in added}
+    tokens = [tokenizers.AddedToken(token.name, **token.flags) for token in companions.added]
+    new = [token for token in tokens if not {token.content, repr(token)} & there]
+    tokenizer.add_tokens(new)
+    return bool(new)
+
+
+def _check_agreement(tree: dict[str, Any], ids: dict[str, int], companions: Companions) -> None:
+    """Refuse a tokenizer.json that the files beside it contradict."""
+    for token in companions.added:
+        if ids.get(token.name) != token.id:
+            raise ValueError(
+                f"tokenizer {companions.folder}: the token {token.name!r} is {token.id} in "
+                "tokenizer_config.json or added_tokens.json, the tokenizer itself gives it "
+                f"{ids.get(token.name)}; correct one of them"
+            )
+    in_file = (tree.get("pre_tokenizer") or {}).get("add_prefix_space")
+    asked = companions.add_prefix_space
+    if None not in (in_file, asked) and in_file != asked:
+        raise ValueError(
+            f"tokenizer {companions.folder}: add_prefix_space is {asked} in tokenizer_config.json "
+            f"and {in_file} in tokenizer.json, and which one counts depends on the version of "
+            "transformers; make them equal"
+        )
+
+
+def byte_names() -> dict[int, str]:
+    """GPT-2's name of each byte: printable ones stand for themselves, others follow from 256 on."""
+    printable = (*range(33, 127), *range(161, 173), *range(174, 256))
+    others = (value for value in range(256) if value not in printable)
+    names = {value: chr(value) for value in printable}
+    return names | {value: chr(256 + place) for place, value in enumerate(others)}
 
 
 def without_spellable_specials(tree: dict[str, Any]) -> dict[str, Any]:
@@ -338,29 +369,12 @@ def without_spellable_specials(tree: dict[str, Any]) -> dict[str, Any]:
     return tree | {"model": new_model, "added_tokens": added, "post_processor": None}
 
 
-def _named_id(folder: Path, field: str, common: tuple[str, ...], ids: dict[str, int]) -> int | None:
-    """Id of a special token: as the files beside tokenizer.json name it, else of a common name."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if not (folder / name).is_file():
-            continue
-        value = json.loads((folder / name).read_text(encoding="utf-8")).get(field)
-        content = value.get("content") if isinstance(value, dict) else value
-        if content is not None:
-            if content not in ids:
-                raise ValueError(
-                    f"tokenizer {folder / name}: {field} is {content!r}, which tokenizer.json does "
-                    "not have; correct one of the two files"
-                )
-            return ids[content]
-    return next((ids[name] for name in common if name in ids), None)
-
-
 class _Tiktoken(Tokenizer):
     kind: Kind = "tiktoken"
 
     def __init__(self, path: Path, main: Path) -> None:
-        super().__init__(path, [main])
-        ranks = read_ranks(main)
+        super().__init__(path, main)
+        self._ranks = ranks = read_ranks(main)
         if len(ranks) in OTHER_TIKTOKEN:
             raise ValueError(
                 f"tokenizer {main}: {len(ranks)} ranks are those of {OTHER_TIKTOKEN[len(ranks)]}; "
@@ -377,9 +391,13 @@ class _Tiktoken(Tokenizer):
         )
         self._white_space = re.compile(rf"\s{{{MAX_WHITE_SPACE}}}")
         self.vocab_size = len(ranks) + LLAMA3_NUM_SPECIAL
-        self.special_names = special
-        self.eod_id = special["<|end_of_text|>"]
-        self.bos_id = special["<|begin_of_text|>"]
+        self.special_names = self.ids = special
+        _check_agreement({}, special, self._companions)
+        self.name_ends(special["<|end_of_text|>"], special["<|begin_of_text|>"])
+
+    def spellings(self) -> dict[int, bytes]:
+        special = {token: name.encode() for name, token in self.special_names.items()}
+        return {rank: token for token, rank in self._ranks.items()} | special
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [self._encode_one(text) for text in texts]
@@ -393,23 +411,6 @@ class _Tiktoken(Tokenizer):
         for first, last in itertools.pairwise(cuts):
             ids += self._encoding.encode_ordinary(text[first:last])
         return ids
-
-    def encode_with_specials(
-        self, text: str, specials: Sequence[Span]
-    ) -> tuple[list[int], list[Span]]:
-        def encode_between(start: int, end: int) -> tuple[list[int], list[Span]]:
-            ids = self._encode_one(text[start:end])
-            # bytes of a character before its last one stand at its beginning
-            ends = np.cumsum(
-                [len(self._encoding.decode_single_token_bytes(token)) for token in ids]
-            )
-            places = _character_of_byte(text[start:end]) + start
-            return ids, [
-                (int(places[first]), int(places[last]))
-                for first, last in itertools.pairwise([0, *ends])
-            ]
-
-        return _encode_pieces(text, specials, self.special_names, encode_between)
 
     def decode(self, ids: list[int]) -> str:
         return self._encoding.decode(ids)
@@ -441,7 +442,7 @@ class _SentencePiece(Tokenizer):
     kind: Kind = "sentencepiece"
 
     def __init__(self, path: Path, main: Path) -> None:
-        super().__init__(path, [main])
+        super().__init__(path, main)
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(main.read_bytes())
@@ -450,62 +451,49 @@ class _SentencePiece(Tokenizer):
                 f"tokenizer {main}: is neither a Hugging Face tokenizer.json, nor tiktoken lines "
                 "of base64 and rank, nor a SentencePiece model; give one of these"
             ) from error
-        self.vocab_size = self._processor.get_piece_size()
-        control = filter(self._processor.is_control, range(self.vocab_size))
+        num_pieces = self._processor.get_piece_size()
+        control = filter(self._processor.is_control, range(num_pieces))
         self.special_names = {self._processor.id_to_piece(token): token for token in control}
+        self.ids = {self._processor.id_to_piece(token): token for token in range(num_pieces)}
+        self._added = self._add_tokens(num_pieces)
+        self.vocab_size = num_pieces + len(self._added)
         eos, bos = self._processor.eos_id(), self._processor.bos_id()
-        self.eod_id = eos if eos >= 0 else None
-        self.bos_id = bos if bos >= 0 else None
+        self.name_ends(eos if eos >= 0 else None, bos if bos >= 0 else None)
+
+    def _add_tokens(self, num_pieces: int) -> dict[int, str]:
+        """Names of the tokens that the files beside the model add behind its pieces."""
+        added: dict[int, str] = {}
+        for token in self._companions.added:
+            there = self.ids.setdefault(token.name, num_pieces + len(added))
+            if there != token.id:
+                raise ValueError(
+                    f"tokenizer {self.path}: the files beside {self.files[0].name} give "
+                    f"{token.name!r} the id {token.id}, it would be {there}; correct them"
+                )
+            is_piece = there < num_pieces
+            if token.is_special:
+                self.special_names[token.name] = there
+            elif not (is_piece and self._processor.is_user_defined(there)):
+                raise ValueError(
+                    f"tokenizer {self.path}: the files beside {self.files[0].name} add "
+                    f"{token.name!r}, which is no special token: a SentencePiece model alone does "
+                    "not find it in a text; save the folder by transformers, as a tokenizer.json"
+                )
+            if not is_piece:
+                added[there] = token.name
+        return added
+
+    def spellings(self) -> dict[int, bytes]:
+        return {token: name.encode() for name, token in self.ids.items()}
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return self._processor.encode(texts)
 
-    def encode_with_specials(
-        self, text: str, specials: Sequence[Span]
-    ) -> tuple[list[int], list[Span]]:
-        def encode_between(start: int, end: int) -> tuple[list[int], list[Span]]:
-            # a space is put before the beginning of a text, not behind a special token
-            processor = self._processor if start == 0 else self._without_prefix
-            found = processor.encode(text[start:end], return_type="offset_mapping")
-            spans = [(start + first, start + last) for first, last in found["offsets"]]
-            return found["ids"], spans
-
-        return _encode_pieces(text, specials, self.special_names, encode_between)
-
-    @functools.cached_property
-    def _without_prefix(self) -> sentencepiece.SentencePieceProcessor:
-        processor = sentencepiece.SentencePieceProcessor()
-        processor.LoadFromSerializedProto(self.files[0].read_bytes() + NO_DUMMY_PREFIX)
-        return processor
-
     def decode(self, ids: list[int]) -> str:
-        return self._processor.decode(ids)
-
-
-def _encode_pieces(
-    text: str,
-    specials: Sequence[Span],
-    names: Mapping[str, int],
-    encode_between: Callable[[int, int], tuple[list[int], list[Span]]],
-) -> tuple[list[int], list[Span]]:
-    """Ids and spans of special tokens and of the text between them."""
-    ids: list[int] = []
-    spans: list[Span] = []
-    at = 0
-    for start, end in [*specials, (len(text), len(text))]:
-        if start > at:
-            more_ids, more_spans = encode_between(at, start)
-            ids += more_ids
-            spans += more_spans
-        if end > start:
-            ids.append(names[text[start:end]])
-            spans.append((start, end))
-        at = end
-    return ids, spans
-
-
-def _character_of_byte(text: str) -> np.ndarray:
-    """int64 [bytes + 1], the character each byte of the UTF-8 belongs to; last, their number."""
-    data = np.frombuffer(text.encode(), np.uint8)
-    begins = (data & 0xC0) != 0x80
-    return np.append(np.cumsum(begins) - 1, len(text))
+        if not self._added:
+            return str(self._processor.decode(ids))
+        parts = itertools.groupby(ids, lambda token: self._added.get(token))
+        return "".join(
+            str(self._processor.decode(list(run))) if name is None else name * len(list(run))
+            for name, run in parts
+        )

@@ -11,8 +11,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lclm.data.tokenizer import Span, Tokenizer
+from lclm.data.tokenizer import Tokenizer
 from lclm.prepare.chat_template import JinjaTemplate
+from lclm.prepare.special_tokens import Span, make_encoder
 
 TEMPLATES = ("llama3", "chatml", "tokenizer")
 MESSAGE = ("role", "content")  # fields of a message that every template uses
@@ -137,7 +138,7 @@ class ChatTemplate:
         """
         if not 0 <= options.prompt_weight <= 1:
             raise ValueError(f"--prompt-weight {options.prompt_weight}: must be from 0 to 1")
-        self._tokenizer = tokenizer
+        self._encode = make_encoder(tokenizer)
         self._end_token = end_token = options.end_token
         name = options.template
         self._known: Collection[str] = ()  # names of what it uses beside role and content
@@ -181,7 +182,7 @@ class ChatTemplate:
         if turns and turns[-1][1] > len(text):  # the template ends without the end token
             specials = [*specials, (len(text), len(text) + len(self._end_token))]
             text += self._end_token
-        ids, spans = self._tokenizer.encode_with_specials(text, specials)
+        ids, spans = self._encode(text, specials)
         is_special = {start for start, _ in specials}
         targets = [0] * len(ids)
         turn = 0

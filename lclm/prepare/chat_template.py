@@ -19,7 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lclm.data.tokenizer import Span, Tokenizer
+from lclm.data.tokenizer import Tokenizer
+from lclm.prepare.special_tokens import Span
 
 Message = dict[str, Any]
 # transformers gives these to a template, whether it uses them or not

@@ -19,7 +19,9 @@ import tokenizers
 from lclm.data.tokenizer import (
     LLAMA3_NAMED,
     MAX_WHITE_SPACE,
+    HuggingFaceTokenizer,
     Tokenizer,
+    byte_names,
     llama3_splitter,
     load_tokenizer,
     read_ranks,
@@ -57,8 +59,8 @@ def make_plain_json(tokenizer: Tokenizer) -> str:
     main = tokenizer.files[0]
     if tokenizer.kind == "tiktoken":
         return _from_ranks(read_ranks(main))
-    if tokenizer.kind == "hf":
-        text = main.read_text(encoding="utf-8")
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        text = tokenizer.to_json()
     else:
         module = importlib.import_module("gigatoken._load.sentencepiece")
         text = module.sentencepiece_to_tokenizer_json(main.read_bytes())
@@ -74,12 +76,7 @@ def _from_ranks(ranks: dict[bytes, int]) -> str:
     tiktoken joins whichever neighbours make the token of the lowest rank, so every way to cut a
     token in two is a merge, in the order of the token's rank; a piece that is a token needs none.
     """
-    # GPT-2's names of bytes: printable ones stand for themselves, others follow from 256 on
-    printable = (*range(33, 127), *range(161, 173), *range(174, 256))
-    others = (value for value in range(256) if value not in printable)
-    names = {value: chr(value) for value in printable}
-    names |= {value: chr(256 + place) for place, value in enumerate(others)}
-    table = str.maketrans({chr(value): name for value, name in names.items()})
+    table = str.maketrans({chr(value): name for value, name in byte_names().items()})
     spelled = {token: token.decode("latin-1").translate(table) for token in ranks}
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):

@@ -5,7 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lclm.data.indexed import IndexedReader, IndexedWriter, prefix_files, read_all_lengths
+from lclm.data.indexed import (
+    IndexedReader,
+    IndexedWriter,
+    check_same_tokenizer,
+    prefix_files,
+    read_all_lengths,
+)
 from lclm.files import refuse_overwriting
 
 
@@ -55,11 +61,17 @@ def _options_without_shard(reader: IndexedReader) -> dict[str, Any]:
 
 def _check_alike(readers: Sequence[IndexedReader]) -> None:
     first = readers[0]
+    check_same_tokenizer(readers, "--input")
     for reader in readers:
         if "vocab_size" not in reader.metadata:
             raise ValueError(
                 f"{reader.prefix}.json: is missing or names no vocab_size; only prefixes written "
                 "by these tools can be joined"
+            )
+        if ("tokenizer" in reader.metadata) != ("tokenizer" in first.metadata):
+            raise ValueError(
+                f"--input: one of {first.prefix}.json and {reader.prefix}.json names no tokenizer; "
+                "write both with the same one"
             )
         if reader.has_weights:
             raise ValueError(
@@ -67,12 +79,6 @@ def _check_alike(readers: Sequence[IndexedReader]) -> None:
                 "name both in the mixture instead"
             )
         reader.check_dtype()
-        digests = [item.metadata.get("tokenizer", {}).get("sha256") for item in (first, reader)]
-        if digests[0] != digests[1]:
-            raise ValueError(
-                f"--input: {first.prefix} and {reader.prefix} were written with different "
-                f"tokenizers (sha256 {digests[0]} and {digests[1]}); write both with the same one"
-            )
         if _options_without_shard(reader) != _options_without_shard(first):
             raise ValueError(
                 f"--input: {first.prefix} was written with {_options_without_shard(first)}, "

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from lclm.data.indexed import Document, IndexedReader, IndexedWriter, prefix_files
+from lclm.data.indexed import (
+    Document,
+    IndexedReader,
+    IndexedWriter,
+    prefix_files,
+    tokenizer_difference,
+)
 from lclm.data.mds import MdsReader
 from lclm.data.tokenizer import Tokenizer
 from lclm.files import refuse_overwriting
@@ -93,11 +99,11 @@ def _open(source: str, old: Tokenizer) -> MdsReader | IndexedReader:
     if (Path(source) / "index.json").is_file() or Path(source).is_dir():
         return MdsReader(Path(source))
     reader = IndexedReader(source)
-    digest = reader.metadata.get("tokenizer", {}).get("sha256", old.sha256)
-    if digest != old.sha256:
+    difference = tokenizer_difference(reader.metadata.get("tokenizer", {}), old.describe())
+    if difference:
         raise ValueError(
-            f"{source}: was written with another tokenizer than {old.path} (sha256 {digest[:12]} "
-            f"and {old.sha256[:12]}); give the one that wrote it"
+            f"{source}: was written with another tokenizer than {old.path} ({difference}); give "
+            "the one that wrote it"
         )
     return reader
 

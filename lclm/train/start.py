@@ -13,9 +13,8 @@ from lclm.checkpoint.folder import (
     resolve_step_folder,
 )
 from lclm.config import Config, ConfigError
-from lclm.data.indexed import IndexedReader
+from lclm.data.indexed import IndexedReader, check_same_tokenizer
 from lclm.data.remote import fetch_prefix
-from lclm.data.stage_rows import check_same_tokenizer
 from lclm.data.tokenizer import Tokenizer, load_tokenizer
 from lclm.train.stages import find_position
 
@@ -100,7 +99,7 @@ def _check_data(config: Config, tokenizer: Tokenizer | None) -> None:
                 digest[:12],
                 tokenizer.sha256[:12],
             )
-    check_same_tokenizer(readers)
+    check_same_tokenizer(readers, "mixture")
 
 
 def _find_checkpoint(config: Config) -> Path | None:
