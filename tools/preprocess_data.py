@@ -28,9 +28,9 @@ input
                                as .jsonl.gz, and .jsonl.zst with the package zstandard
   .parquet                     one document per row, columns named by --json-keys (package pyarrow)
   any other file               one document (UTF-8)
-  folder                       the files below it in path order, names starting with a dot left out:
-                               .jsonl and .parquet as above, any other file one document; files that
-                               are not text are counted and left out
+  folder                       the files below it in path order, links followed, names starting with
+                               a dot left out: each read by its name as above; the log says how many
+                               as what. Files that are not text are counted and left out
   folder, --group-by repo      source code: each first-level subfolder is a repository, whose files
                                joined in path order are one document (ProLong, arXiv 2410.02660)
   folder, --group-by file      source code: every file is one document

@@ -7,6 +7,7 @@ the units in order sees the same documents whatever the number of workers.
 import gzip
 import io
 import itertools
+import logging
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ from lclm.files import import_optional
 GroupBy = Literal["file", "repo"]
 
 BLOCK_BYTES = 4 << 20  # input of one unit; one document may be longer
-JSON_LINES = (".jsonl", ".ndjson")
+JSON_LINES = (".jsonl", ".ndjson", ".json")
 PARQUET = ".parquet"
 COMPRESSED = (".gz", ".zst")
 UNREAD = (".zst", ".gz", ".zip", ".xz", ".bz2")
+NUM_LISTED = 5  # files named in a line of the log
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,10 +78,11 @@ def find_sources(inputs: Sequence[Path], group_by: GroupBy | None = None) -> lis
 
     A file ending in .jsonl, .ndjson or .json, also with .gz or .zst, holds one JSON object per
     line, a .parquet file one document per row; any other file is one document. A folder stands for
-    the files below it in path order, names that start with a dot left out: without group_by its
-    .jsonl, .ndjson and .parquet files are read so and any other file is one document; with "file"
-    every file is one document; with "repo" the files of each subfolder are joined into one
-    document, and files beside the subfolders into another.
+    the files below it in path order, links followed and names that start with a dot left out:
+    without group_by they are read by their names as above; with "file" every file is one document;
+    with "repo" the files of each subfolder are joined into one document, and files beside the
+    subfolders into another. The log says how many files of a folder are read as what, and which
+    files come twice.
 
     Raises:
         ValueError: an input does not exist, holds no file, is empty, or is of a kind not read.
@@ -93,7 +97,31 @@ def find_sources(inputs: Sequence[Path], group_by: GroupBy | None = None) -> lis
                 f"input {path}: is empty or holds no file to read; leave it out or check the path"
             )
         sources.append(source)
+    _name_repeated(sources)
     return sources
+
+
+def _name_repeated(sources: Sequence[Source]) -> None:
+    """Say which files are read more than once."""
+    seen: dict[tuple[int, int], Path] = {}
+    repeated = []
+    for path in itertools.chain.from_iterable(source.files() for source in sources):
+        status = path.stat()
+        first = seen.setdefault((status.st_dev, status.st_ino), path)
+        if first is not path:
+            repeated.append(f"{path} is {first}" if path != first else str(path))
+    if repeated:
+        logger.warning(
+            "input: %d files are given more than once, and their documents come as often: %s",
+            len(repeated),
+            _some(repeated),
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first names, for a line of the log."""
+    more = f" and {len(names) - NUM_LISTED} more" if len(names) > NUM_LISTED else ""
+    return ", ".join(names[:NUM_LISTED]) + more
 
 
 def _plain_name(path: Path) -> str:
@@ -104,7 +132,7 @@ def _plain_name(path: Path) -> str:
 
 def _file(path: Path) -> Source:
     size = path.stat().st_size
-    if _plain_name(path).endswith((*JSON_LINES, ".json", PARQUET)):
+    if _plain_name(path).endswith((*JSON_LINES, PARQUET)):
         return Source(path, (path,), (), size, False)
     if path.name.lower().endswith(UNREAD):
         raise ValueError(
@@ -115,11 +143,8 @@ def _file(path: Path) -> Source:
 
 
 def _folder(root: Path, group_by: GroupBy | None) -> Source:
-    found = []
-    for path in root.rglob("*"):
-        parts = path.relative_to(root).parts
-        if not any(part.startswith(".") for part in parts) and path.is_file():
-            found.append(path)
+    left_out: list[str] = []
+    found = list(_files_below(root, root, frozenset(), left_out))
     found.sort(key=lambda path: path.relative_to(root).as_posix())
     lines: list[Path] = []
     documents: list[tuple[Path, ...]] = []
@@ -136,7 +161,55 @@ def _folder(root: Path, group_by: GroupBy | None) -> Source:
             else:
                 documents.append((path,))
     num_bytes = sum(path.stat().st_size for path in found)
+    _say_what_is_read(root, lines, documents, left_out)
     return Source(root, tuple(lines), tuple(documents), num_bytes, True)
+
+
+def _files_below(
+    root: Path, folder: Path, above: frozenset[tuple[int, int]], left_out: list[str]
+) -> Iterator[Path]:
+    """The files of a folder and its subfolders, linked ones too; what is no input to `left_out`.
+
+    Args:
+        root: of the walk.
+        folder: to go through.
+        above: device and inode of the folders it lies in, to which links must not lead back.
+        left_out: gets what is left out, relative to root, and why.
+    """
+    status = folder.stat()
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        left_out.append(f"{folder.relative_to(root)} (a link to a folder that it lies in)")
+        return
+    for path in folder.iterdir():
+        name = path.relative_to(root)
+        if path.name.startswith("."):
+            left_out.append(f"{name} (starts with a dot)")
+        elif path.is_dir():
+            yield from _files_below(root, path, above | {here}, left_out)
+        elif path.is_file():
+            yield path
+        else:
+            left_out.append(f"{name} (a link that leads nowhere, or no file)")
+
+
+def _say_what_is_read(
+    root: Path, lines: list[Path], documents: list[tuple[Path, ...]], left_out: list[str]
+) -> None:
+    num_rows = sum(path.name.lower().endswith(PARQUET) for path in lines)
+    num_files = sum(map(len, documents))
+    names = [str(path.relative_to(root)) for files in documents for path in files]
+    parts = {
+        f"{len(lines) - num_rows} files as JSON lines": len(lines) - num_rows,
+        f"{num_rows} as rows of Parquet": num_rows,
+        f"{num_files} as {len(documents)} documents of text ({_some(names)})": num_files,
+    }
+    logger.info(
+        "input %s: read are %s; left out are %s",
+        root,
+        ", ".join(text for text, count in parts.items() if count) or "no files",
+        f"{len(left_out)}: {_some(sorted(left_out))}" if left_out else "none",
+    )
 
 
 def iterate_units(

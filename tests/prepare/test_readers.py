@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import random
 import sys
 from pathlib import Path
@@ -309,3 +310,61 @@ def test_orjson_and_json_give_the_same_documents(tmp_path, monkeypatch):
 def test_keys_that_are_no_plain_words(tmp_path):
     path = write(tmp_path / "a.jsonl", json.dumps({"q": "1", "\u00fc\n": "2", "": "3"}))
     assert documents([path], keys=("q", "\u00fc\n", "")) == [("1", "2", "3")]
+
+
+@pytest.fixture
+def log(monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("lclm"), "propagate", True)
+    caplog.set_level(logging.INFO)
+    return caplog
+
+
+def test_links_to_folders_are_followed(tmp_path, log):
+    root = tmp_path / "repos"
+    for name in ("r0/a.py", "r0/deep/b.py"):
+        write(root / name, f"# {name}\n")
+    for name in ("x1/c.py", "x2/d.py"):
+        write(tmp_path / "elsewhere" / name, f"# {name}\n")
+    (root / "r1").symlink_to(tmp_path / "elsewhere" / "x1")
+    (root / "r2").symlink_to("../elsewhere/x2")
+    (root / "r2" / "back").symlink_to(root)
+    (root / "r0" / "deep" / "loop").symlink_to("..")
+    (root / "r0" / "gone").symlink_to(tmp_path / "nowhere")
+    assert texts_of(documents([root], "repo")) == [
+        "# r0/a.py\n# r0/deep/b.py\n", "# x1/c.py\n", "# x2/d.py\n"
+    ]  # fmt: skip
+    assert "read are 4 as 3 documents of text" in log.text
+    assert "left out are 3: r0/deep/loop (a link to a folder that it lies in)" in log.text
+    assert "r0/gone (a link that leads nowhere" in log.text and "r2/back (a link to" in log.text
+
+
+@pytest.mark.parametrize("name", ["part-00.json", "part-00.json.gz", "p.jsonl", "p.NDJSON"])
+def test_a_file_is_read_alike_by_name_and_in_its_folder(tmp_path, name):
+    raw = json_lines(["a", "b\n", "c"]).encode()
+    path = write(tmp_path / "d" / name, gzip.compress(raw) if name.endswith("gz") else raw)
+    assert documents([path.parent]) == documents([path]) == [("a",), ("b\n",), ("c",)]
+    texts = texts_of(documents([path.parent], "file"))
+    assert texts == ([] if name.endswith("gz") else [raw.decode()])
+
+
+def test_what_a_folder_is_read_as_is_said(tmp_path, log):
+    for name in ("a.jsonl", "deep/b.json"):
+        write(tmp_path / "d" / name, json_lines(["x"]))
+    for name in ("README.md", "deep/LICENSE", ".gitattributes", ".git/HEAD"):
+        write(tmp_path / "d" / name, "text")
+    assert len(documents([tmp_path / "d"])) == 4
+    assert (
+        "read are 2 files as JSON lines, 2 as 2 documents of text (README.md, deep/LICENSE); left "
+        "out are 2: .git (starts with a dot), .gitattributes (starts with a dot)"
+    ) in log.text
+
+
+def test_a_file_that_comes_twice_is_said(tmp_path, log):
+    path = write(tmp_path / "d" / "a.jsonl", json_lines(["x"]))
+    (tmp_path / "link.jsonl").symlink_to(path)
+    find_sources([path])
+    assert "more than once" not in log.text
+    inputs = [path, path.parent, tmp_path / "link.jsonl"]
+    assert documents(inputs) == [("x",)] * 3, "as asked for"
+    assert "2 files are given more than once, and their documents come as often" in log.text
+    assert f"{tmp_path / 'link.jsonl'} is {path}" in log.text
