@@ -167,6 +167,9 @@ class DataConfig(Section):
     """How often a domain may be repeated over the whole run before that is an error."""
     held_out_fraction: float = Field(default=0.01, ge=0, lt=1)
     """Share of each domain's documents that is never trained on."""
+    allow_changed: bool = False
+    """Whether a run may go on from a checkpoint with other data, seed, shares, packing or held-out
+    share than it was trained with; documents may then come twice."""
 
 
 class MixtureEntry(Section):

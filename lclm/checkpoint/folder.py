@@ -58,9 +58,13 @@ class CheckpointInfo(BaseModel):
     has_optimizer: bool
     """Whether optimizer state lies beside the weights."""
     ledger: dict[str, Any]
-    """Tokens used of each domain and what else the data needs to go on."""
+    """Tokens drawn from each prefix since the start of the run."""
     versions: dict[str, Any]
     """Versions of the libraries that wrote the checkpoint."""
+    data: dict[str, Any] = {}
+    """What tells the data of each prefix from any other; absent where nothing was trained."""
+    config: dict[str, Any] = {}
+    """The configuration of the run; absent where nothing was trained."""
 
 
 def dtype_name(dtype: object) -> str:

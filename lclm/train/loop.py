@@ -24,6 +24,7 @@ from lclm.data.stage_rows import StageRows
 from lclm.mesh import Mesh
 from lclm.model.build import build_model, init_weights
 from lclm.optim import learning_rate, reset_state, set_learning_rate
+from lclm.train.changes import record_settings
 from lclm.train.context_setup import build_context, find_machine
 from lclm.train.flops import peak_flops, row_flops
 from lclm.train.metrics import METRICS_NAME, VALIDATION_NAME, RunLog
@@ -52,7 +53,9 @@ class Run:
         self.checkpoint_dir = self.dir / "checkpoints"
         self.held_out = plan_validation(config)
         self.tokenizer = start.tokenizer
-        self.step = 0
+        self.data = start.data
+        self.step = self.first_step = 0
+        self.carried: dict[str, int] = {}
         model = build_model(config, mesh)
         if start.weights is not None:
             info = store.load(start.weights, config.model, mesh, model, None)
@@ -62,7 +65,8 @@ class Run:
         self.engine = Engine(config, mesh, model, domain_names(planned))
         if start.checkpoint is not None:
             info = store.load(start.checkpoint, config.model, mesh, model, self.engine.optimizer)
-            self.step = info.step
+            self.step = self.first_step = info.step
+            self.carried = info.ledger
             logger.info("resumed from %s at step %d", start.checkpoint, info.step)
         self.log: RunLog | None = None
         self.machine = find_machine(config, mesh)
@@ -266,6 +270,8 @@ class Run:
             has_optimizer=True,
             ledger=self._ledger(),
             versions=versions(),
+            data=self.data,
+            config=record_settings(self.config),
         )
         start = time.perf_counter()
         folder = store.save(
@@ -283,8 +289,20 @@ class Run:
         dist.barrier()
 
     def _ledger(self) -> dict[str, int]:
-        """Tokens drawn from each domain since the start of the run."""
-        position = find_position(self.config, self.step)
+        """Tokens drawn from each prefix since the start of the run.
+
+        What the checkpoint says that the run went on from, and what was drawn since then: the
+        present plan knows nothing of rows that were read by another.
+        """
+        drawn = dict(self.carried)
+        before = self._planned_ledger(self.first_step)
+        for name, tokens in self._planned_ledger(self.step).items():
+            drawn[name] = drawn.get(name, 0) + tokens - before.get(name, 0)
+        return drawn
+
+    def _planned_ledger(self, step: int) -> dict[str, int]:
+        """Tokens that the present plan draws from each prefix in the first `step` steps."""
+        position = find_position(self.config, step)
         drawn: dict[str, int] = {}
         for number in range(position.stage + 1):
             stage = self.config.stage[number]

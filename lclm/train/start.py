@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lclm.checkpoint import store
 from lclm.checkpoint.folder import (
@@ -16,6 +17,7 @@ from lclm.config import Config, ConfigError
 from lclm.data.indexed import IndexedReader, check_same_tokenizer
 from lclm.data.remote import fetch_prefix
 from lclm.data.tokenizer import Tokenizer, load_tokenizer
+from lclm.train.changes import check_changes, describe_data
 from lclm.train.stages import find_position
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,8 @@ class Start:
     """Step folder to resume from."""
     weights: Path | None
     """Step folder from which only the weights are taken, if nothing is resumed."""
+    data: dict[str, Any]
+    """`changes.describe_data` of every prefix."""
 
 
 def find_start(config: Config) -> Start:
@@ -38,23 +42,25 @@ def find_start(config: Config) -> Start:
 
     Raises:
         ConfigError: the vocabulary of the tokenizer or of a data file exceeds the model's.
-        CheckpointError: a checkpoint is required but missing, of another architecture, or of a run
-            whose stages had other lengths.
+        CheckpointError: a checkpoint is required but missing, of another architecture, of a run
+            whose stages had other lengths, or trained on other rows (see `changes`).
         ValueError: a data file or the tokenizer cannot be read, or data files were written with
             different tokenizers.
     """
     tokenizer = _load_tokenizer(config)
-    _check_data(config, tokenizer)
+    data = _check_data(config, tokenizer)
     checkpoint = _find_checkpoint(config)
     weights = None
     if checkpoint is not None:
-        _check_position(config, checkpoint, read_info(checkpoint))
+        info = read_info(checkpoint)
+        _check_position(config, checkpoint, info)
+        check_changes(config, data, checkpoint, info)
     elif config.model.init_from:
         weights = resolve_step_folder(config.model.init_from)
     for folder in filter(None, (checkpoint, weights)):
         store.check_architecture(folder, read_info(folder), config.model)
     travels = Path(config.data.tokenizer) if tokenizer is not None else None
-    return Start(travels, checkpoint, weights)
+    return Start(travels, checkpoint, weights, data)
 
 
 def check_unchanged(config: Config, start: Start) -> None:
@@ -78,8 +84,11 @@ def _load_tokenizer(config: Config) -> Tokenizer | None:
     return tokenizer
 
 
-def _check_data(config: Config, tokenizer: Tokenizer | None) -> None:
-    """Every file fits the model's vocabulary, and those of all stages come from one tokenizer."""
+def _check_data(config: Config, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Every file fits the model's vocabulary, and those of all stages come from one tokenizer.
+
+    Returns `describe_data` of each prefix.
+    """
     readers = [IndexedReader(fetch_prefix(prefix)) for prefix in config.prefixes]
     for reader in readers:
         size = reader.metadata.get("vocab_size", 0)
@@ -100,6 +109,7 @@ def _check_data(config: Config, tokenizer: Tokenizer | None) -> None:
                 tokenizer.sha256[:12],
             )
     check_same_tokenizer(readers, "mixture")
+    return {prefix: describe_data(r) for prefix, r in zip(config.prefixes, readers, strict=True)}
 
 
 def _find_checkpoint(config: Config) -> Path | None:

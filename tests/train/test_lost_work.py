@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lclm.checkpoint.folder import read_info
 from lclm.config import ConfigError
 from lclm.train.run_folder import LOCK_NAME, RunFolder
 from tests.distributed import run_distributed
@@ -105,3 +106,22 @@ def test_a_folder_serves_one_run_at_a_time(
     with RunFolder(run_dir):
         assert (run_dir / LOCK_NAME).read_text() == holder
     assert 'its run {"host": "far", "pid": 7} ended without a word; taken over' in caplog.text
+
+
+def test_changed_data_is_refused_and_the_ledger_is_carried(run_file: Path, base: Path) -> None:
+    run_dir = run_file.parent / "changed"
+    shutil.copytree(base, run_dir)
+    start = [str(run_file), f"run.dir={run_dir}", "train.max_steps=4"]
+    shares = ["stage.0.mixture.0.share=0.75", "stage.0.mixture.1.share=0.25"]
+    ended = call(
+        [*start, "seed=8"], [*start, *shares, "data.allow_changed=true", "optimizer.beta2=0.9"]
+    )
+    assert ended[0].code == 2 and "seed: 1234 -> 8" in ended[0].said
+    assert ended[1].code == 0, ended[1].said
+    assert "changed, as data.allow_changed says: stage.0.mixture.0.share" in ended[1].said
+    assert "changed: optimizer.beta2: 0.95 -> 0.9" in ended[1].said
+    old, new = (
+        read_info(run_dir / "checkpoints" / f"step_0000000{step}").ledger for step in (3, 4)
+    )
+    assert sum(old.values()) == 3 * 256 and sum(new.values()) == 4 * 256
+    assert all(new[prefix] >= tokens for prefix, tokens in old.items())
