@@ -120,7 +120,8 @@ class ParallelConfig(Section):
     the attention on those before. `ulysses`: all-to-all, each rank attends with some heads over the
     whole row. `ulysses_ring`: both, see `cp_ulysses`. `gather`: every rank collects all keys.
     `auto`: for each stage what some of its rows are predicted to be fast with, by rates measured
-    at the start and kept in the run folder (context_rates.json)."""
+    at the start and kept in the run folder (context_rates.json); the choice is written into
+    config.resolved.toml."""
     cp_ulysses: int = Field(default=0, ge=0)
     """`ulysses_ring` only: how many neighbouring context ranks share heads (best those of a node);
     the ring goes over cp / cp_ulysses."""
@@ -137,6 +138,9 @@ class TrainConfig(Section):
     """`full` keeps one tensor per layer and recomputes the layer in the backward pass."""
     max_steps: int = Field(default=0, ge=0)
     """Stop after this many steps over all stages; 0: run every stage. Schedules do not change."""
+    deterministic: bool = False
+    """Let "auto" of `parallel.cp_layout` and `cp_comm` go by published rates instead of measured
+    ones, so that a run in another folder shares its rows out alike: equal sums on equal ranks."""
     loss_chunk_tokens: int = Field(default=2048, gt=0)
     """Tokens whose logits exist at one time."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from lclm.config import Config, ConfigError, check_config
 
@@ -100,8 +101,10 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
 
     An unknown field comes with the nearest name that is known.
     """
-    lines = []
-    for item in error.errors():
+    items, lines = error.errors(), []
+    for item in items:
+        if item["type"] == "too_short" and any(_is_below(other, item) for other in items):
+            continue  # its entries were left out because of what is wrong in them
         where = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             known = _section_fields(root, item["loc"][:-1])
@@ -110,9 +113,18 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
             lines.append(f"{where}: unknown field; {hint}")
         elif item["type"] == "missing":
             lines.append(f"{where}: missing; set it")
+        elif item["type"] == "string_type" and isinstance(item["input"], int | float):
+            text = _toml_value(str(item["input"]))
+            lines.append(f"{where} = {item['input']!r}: must be text; quote it: '{where}={text}'")
         else:
             lines.append(f"{where} = {item['input']!r}: {item['msg']}")
     return "; ".join(lines)
+
+
+def _is_below(inner: ErrorDetails, outer: ErrorDetails) -> bool:
+    """Whether a problem lies inside of the value that another is about."""
+    depth = len(outer["loc"])
+    return len(inner["loc"]) > depth and inner["loc"][:depth] == outer["loc"]
 
 
 def dump_toml(config: Config) -> str:

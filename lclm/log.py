@@ -29,6 +29,10 @@ _EXPECTED_WARNINGS = (
 )
 
 
+# What every rank finds alike when it starts; rank 0 says it for all.
+_FOUND_BY_ALL = ("lclm.train.start", "lclm.train.changes", "lclm.checkpoint.folder")
+
+
 def setup_logging(level: int = logging.INFO) -> None:
     """Send lclm's log lines to stderr; ranks above 0 say warnings and errors only."""
     for expected in _EXPECTED_WARNINGS:
@@ -40,8 +44,11 @@ def setup_logging(level: int = logging.INFO) -> None:
         logging.Formatter("[%(elapsed)7.1fs r%(rank)d] %(levelname).1s %(message)s")
     )
     handler.addFilter(_Prefix())
+    is_first = os.environ.get("RANK", "0") == "0"
     for name in ("lclm", "lclm_kernels"):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.propagate = False
-        logger.setLevel(level if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+        logger.setLevel(level if is_first else logging.WARNING)
+    for name in _FOUND_BY_ALL:
+        logging.getLogger(name).setLevel(logging.NOTSET if is_first else logging.ERROR)

@@ -17,6 +17,8 @@ from lclm.config import Config, ConfigError, check_world
 logger = logging.getLogger(__name__)
 
 TIMEOUT = timedelta(minutes=30)
+# What torchrun sets. A pod may set some of it for all programs: then one process stands alone.
+_LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,8 @@ def _join(device: torch.device, world_size: int) -> bool:
     if dist.is_initialized():
         return False
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if "MASTER_ADDR" in os.environ:
+    missing = [name for name in _LAUNCH if name not in os.environ]
+    if not missing:
         dist.init_process_group(backend, timeout=TIMEOUT)
     elif world_size == 1:
         dist.init_process_group(
@@ -158,7 +161,8 @@ def _join(device: torch.device, world_size: int) -> bool:
         )
     else:
         raise ConfigError(
-            f"WORLD_SIZE = {world_size} but MASTER_ADDR is not set; start the run with torchrun"
+            f"WORLD_SIZE = {world_size} but {', '.join(missing)} is not set; start the run with "
+            "torchrun"
         )
     return True
 

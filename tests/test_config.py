@@ -140,6 +140,21 @@ def test_validation_needs_held_out_documents(run_file: Path) -> None:
         load_config(run_file, ["validation.rows_per_domain=2", "data.held_out_fraction=0"])
 
 
+def test_a_typo_is_not_buried_and_a_number_is_to_be_quoted(run_file: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(run_file, ["stage.0.learning_rate=1"])
+    assert str(error.value).startswith(
+        "config: stage.0.learning_rate: unknown field; known here: name, seq_length"
+    )
+    assert "input" not in str(error.value) and "item" not in str(error.value)
+    assert str(error.value).count(";") == 1
+    with pytest.raises(ConfigError, match=re.escape("quote it: 'run.dir=\"2024\"'")):
+        load_config(run_file, ["run.dir=2024"])
+    assert load_config(run_file, ['run.dir="2024"']).run.dir == "2024"
+    with pytest.raises(ConfigError, match=r"stage = .*at least 1 item"):
+        load_config(run_file, ["stage=[]"])
+
+
 def test_missing_field_and_missing_or_broken_file(run_file: Path, tmp_path: Path) -> None:
     run_file.write_text(RUN.replace("vocab_size = 96", ""))
     with pytest.raises(ConfigError, match=re.escape("model.vocab_size: missing; set it")):

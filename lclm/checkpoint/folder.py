@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from lclm.config import ModelConfig
 from lclm.config_file import explain
 from lclm.files import replace_folder, replace_text
 
@@ -168,6 +169,23 @@ def read_info(step_folder: str | Path) -> CheckpointInfo:
     except ValidationError as error:
         problems = explain(error, CheckpointInfo)
         raise CheckpointError(f"{path}: {problems}; write the checkpoint again") from error
+
+
+def check_architecture(folder: Path, info: CheckpointInfo, config_model: ModelConfig) -> None:
+    """Refuse a checkpoint whose sizes are not those of the configuration."""
+    there, here = dict(info.model), config_model.recorded_fields()
+    for fields in (there, here):
+        fields["head_dim"] = ModelConfig.model_validate(fields).head_size
+    different = [
+        f"{name} is {there.get(name)!r} there and {value!r} here"
+        for name, value in here.items()
+        if name not in ("init_std", "rope_scaling") and there.get(name) != value
+    ]
+    if different:
+        raise CheckpointError(
+            f"checkpoint {folder}: is of another architecture: {'; '.join(different)}; "
+            "change [model] or give another checkpoint"
+        )
 
 
 def write_info(step_folder: str | Path, info: CheckpointInfo) -> None:

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lclm.checkpoint.folder import (
     LATEST_NAME,
     MODEL_PREFIX,
     TOKENIZER_FOLDER,
-    CheckpointError,
     CheckpointInfo,
+    check_architecture,
     list_steps,
     read_info,
     step_folder_name,
@@ -26,6 +27,7 @@ from lclm.checkpoint.folder import (
     write_latest,
 )
 from lclm.checkpoint.tokenizer_files import copy_tokenizer
+from lclm.command_line import ToolFailedError
 from lclm.config import ModelConfig
 from lclm.files import move_folder
 from lclm.mesh import Mesh
@@ -56,6 +58,9 @@ def save(
     """Write the step folder of `info.step` under `checkpoint_dir` and point `latest` to it.
 
     Called by every rank; returns the step folder. An existing folder of that step is replaced.
+
+    Raises:
+        ToolFailedError: on every rank; the disk is full, say. What was there is as it was.
     """
     target = checkpoint_dir / step_folder_name(info.step)
     staging = target.with_name(f"{target.name}.tmp")
@@ -71,7 +76,14 @@ def save(
     }
     # The process-group object is for this process only; it cannot be written.
     content = {key: value for key, value in metadata.items() if key != "dp_cp_group"}
-    dist_checkpointing.save(state, str(staging), content_metadata=content)
+    try:
+        dist_checkpointing.save(state, str(staging), content_metadata=content)
+    except CheckpointException as error:  # of every rank, where any fails
+        causes = {str(cause).split("\n")[0] for cause, _ in error.failures.values()}
+        raise ToolFailedError(
+            f"checkpoint {target}: cannot be written ({'; '.join(causes) or 'by another rank'}), "
+            "and the ones before are as they were; see that the disk has room, and start again"
+        ) from error
     dist.barrier()
     if mesh.rank == 0:
         write_info(staging, info)
@@ -96,19 +108,13 @@ def load(
         optimizer: Megatron-core optimizer to fill, or None for weights only.
 
     Raises:
-        CheckpointError: if there is no checkpoint, or it is of another architecture, or it has no
-            optimizer state where that is wanted.
+        CheckpointError: if there is no checkpoint, or it is of another architecture.
     """
     info = read_info(folder)
     check_architecture(folder, info, config_model)
     metadata = _metadata(mesh)
     state: dict[str, Any] = {"model": _sharded_weights(model, metadata)}
     if optimizer is not None:
-        if not info.has_optimizer:
-            raise CheckpointError(
-                f"checkpoint {folder}: holds weights only and cannot be resumed; "
-                "start from it with model.init_from"
-            )
         state["optimizer"] = optimizer.sharded_state_dict(
             state["model"], is_loading=True, metadata=metadata
         )
@@ -137,23 +143,6 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
     copy_tokenizer(source if source.is_dir() else source.parent, target)
     if source.is_file():
         shutil.copyfile(source, target / source.name)
-
-
-def check_architecture(folder: Path, info: CheckpointInfo, config_model: ModelConfig) -> None:
-    """Refuse a checkpoint whose sizes are not those of the configuration."""
-    there, here = dict(info.model), config_model.recorded_fields()
-    for fields in (there, here):
-        fields["head_dim"] = ModelConfig.model_validate(fields).head_size
-    different = [
-        f"{name} is {there.get(name)!r} there and {value!r} here"
-        for name, value in here.items()
-        if name not in ("init_std", "rope_scaling") and there.get(name) != value
-    ]
-    if different:
-        raise CheckpointError(
-            f"checkpoint {folder}: is of another architecture: {'; '.join(different)}; "
-            "change [model] or give another checkpoint"
-        )
 
 
 def remove_old(checkpoint_dir: Path, keep: int, step: int, protected_steps: set[int]) -> None:

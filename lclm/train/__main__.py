@@ -78,14 +78,26 @@ def run(options: argparse.Namespace) -> None:
 
 
 def dry_run(config: Config, world_size: int) -> None:
-    """Print what would run on so many processes."""
-    from lclm.train.stages import describe, missing_data, plan_stages
+    """Print what would run on so many processes, then what a start would refuse, if anything.
 
-    missing = missing_data(config)
-    planned = [] if missing else plan_stages(config)
+    Raises:
+        ValueError, OSError: as a start.
+    """
+    from lclm.train.stages import describe, plan_stages, plan_validation
+    from lclm.train.start import find_start
+
+    planned, problem = [], None
+    try:
+        start = find_start(config)
+        plan_validation(config)
+        planned = plan_stages(config)
+    except (ValueError, OSError) as error:
+        problem = error
     sys.stdout.write(describe(config, world_size, planned) + "\n")
-    if missing:
-        sys.stdout.write(f"data       not planned: {', '.join(missing)} not found\n")
+    if problem is not None:
+        raise problem
+    source = start.checkpoint or start.weights
+    sys.stdout.write(f"start      {f'from {source}' if source else 'from random weights'}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

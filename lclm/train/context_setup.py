@@ -15,7 +15,7 @@ from lclm.context.measure import measure_machine
 from lclm.context.parallel import ContextParallel
 from lclm.context.plan.cost import Comm, CostModel, choose_fastest
 from lclm.context.plan.layouts import compare_comms
-from lclm.context.plan.rates import LINKS, RATES_NAME, Machine, load_machine
+from lclm.context.plan.rates import LINKS, RATES_NAME, Machine, load_machine, published
 from lclm.files import replace_text
 from lclm.mesh import Mesh, split_context
 from lclm.train.stages import attention_cost
@@ -28,12 +28,15 @@ def find_machine(config: Config, mesh: Mesh) -> Machine | None:
 
     What is measured stays in the run folder, so that a run that goes on in the same layout deals
     out its rows as before, bit for bit. In another layout or another folder the rates, and so plans
-    and modes, may differ, which changes sums by rounding only. None where nothing is "auto": then
-    nothing asks for rates.
+    and modes, may differ, which changes sums by rounding only; `train.deterministic` takes
+    published rates instead, equal everywhere. None where nothing is "auto": then nothing asks for
+    rates.
     """
     parallel = config.parallel
     if mesh.cp_size == 1 or "auto" not in (parallel.cp_layout, parallel.cp_comm):
         return None
+    if config.train.deterministic:
+        return published("infiniband", mesh.cp_size)
     path, made_for = Path(config.run.dir) / RATES_NAME, _describe(config, mesh)
     known = [read_rates(path, made_for) if mesh.rank == 0 else None]
     dist.broadcast_object_list(known)

@@ -2,6 +2,7 @@
 
 import logging
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -20,7 +21,8 @@ from lclm.command_line import ToolFailedError
 from lclm.config import Config, StageConfig
 from lclm.config_file import dump_toml
 from lclm.data.prefetch import Prefetcher
-from lclm.data.stage_rows import StageRows
+from lclm.data.stage_rows import HeldOutRows, Row, StageRows
+from lclm.files import replace_text
 from lclm.mesh import Mesh
 from lclm.model.build import build_model, init_weights
 from lclm.optim import learning_rate, reset_state, set_learning_rate
@@ -69,6 +71,7 @@ class Run:
             self.carried = info.ledger
             logger.info("resumed from %s at step %d", start.checkpoint, info.step)
         self.log: RunLog | None = None
+        self.comms: dict[int, str] = {}
         self.machine = find_machine(config, mesh)
         agree(lambda: self._open_folder(start) if mesh.rank == 0 else None)
 
@@ -80,12 +83,17 @@ class Run:
             None if start.checkpoint is None else self.step,
             [METRICS_NAME, VALIDATION_NAME, RESOLVED_NAME],
         )
-        (self.dir / RESOLVED_NAME).write_text(
-            "".join(f"# {key}: {value}\n" for key, value in versions().items())
-            + dump_toml(self.config),
-            encoding="utf-8",
-        )
+        self._write_resolved()
         self.log = RunLog(self.dir, self.config.metrics.tensorboard, self.step)
+
+    def _write_resolved(self) -> None:
+        """Write the configuration with what computed it and, for each stage begun, "auto"'s choice.
+
+        The rates that every choice follows from are in `context_rates.json` beside it.
+        """
+        facts = {**versions(), **{f"stage {n} cp_comm": comm for n, comm in self.comms.items()}}
+        text = "".join(f"# {key}: {value}\n" for key, value in facts.items())
+        replace_text(self.dir / RESOLVED_NAME, text + dump_toml(self.config))
 
     @property
     def last_step(self) -> int:
@@ -108,6 +116,9 @@ class Run:
         planned = self.planned[number]
         rows = [planned.attention_lengths(row) for row in spread_rows(stage.num_rows)]
         context = build_context(self.config, self.mesh, self.machine, rows)
+        self.comms[number] = str(context.comm)
+        if self.log is not None:
+            self._write_resolved()
         build = MicroBatchBuilder(self.config, self.mesh, context, stage.rope_base)
         if position.stage_step == 0:
             logger.info(
@@ -143,7 +154,7 @@ class Run:
         for stage_step in steps:
             costs = self._row_flops(number, stage_step)
             for row in deal_rows(costs, self.mesh.dp_size)[self.mesh.dp_rank]:
-                yield build.prepare(self.planned[number].row(stage_step * len(costs) + row))
+                yield build.prepare(read_row(self.planned[number], stage_step * len(costs) + row))
 
     def _train_step(
         self, number: int, stage_step: int, micro_batches: Iterator[MicroBatch]
@@ -234,7 +245,7 @@ class Run:
         stage = self.config.stage[number]
         losses: dict[str, float] = {}
         for held_out in self.held_out[number]:
-            rows = [held_out.row(n) for n in range(len(held_out))]
+            rows = [read_row(held_out, n) for n in range(len(held_out))]
             try:
                 sums = self.engine.evaluate(
                     iterate_global_batch(rows, build, self.mesh),
@@ -312,6 +323,14 @@ class Run:
         return drawn
 
 
+def read_row(rows: StageRows | HeldOutRows, number: int) -> Row:
+    """A row. Raises ToolFailedError where its files are damaged or cannot be read."""
+    try:
+        return rows.row(number)
+    except (ValueError, OSError) as error:
+        raise ToolFailedError(f"row {number} cannot be read: {error}") from error
+
+
 class Stopwatch:
     """Adds up the time that an iterator takes to yield its items."""
 
@@ -337,13 +356,18 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "megatron-core": version("megatron-core"),
     }
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        cwd=Path(lclm.__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if commit.returncode == 0:
-        found["commit"] = commit.stdout.strip()
+    commit = _commit(Path(lclm.__file__).parents[1])
+    if commit is not None:
+        found["commit"] = commit
     return found
+
+
+def _commit(root: Path) -> str | None:
+    """The commit of lclm's own repository; None where lclm is installed, or there is no git."""
+    setup = root / "setup.py"
+    is_ours = setup.is_file() and 'name="lclm"' in setup.read_text(encoding="utf-8")
+    if not (is_ours and (root / ".git").exists() and shutil.which("git")):
+        return None
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None

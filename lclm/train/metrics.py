@@ -80,9 +80,17 @@ def _flatten(record: dict[str, Any], prefix: str) -> list[tuple[str, float]]:
 
 
 def _keep_records(path: Path, last_step: int) -> None:
-    """Drop records of steps after `last_step`, and a line cut short by a crash."""
+    """Drop records of steps after `last_step`, and say which lines a crash has damaged."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = (line for line in lines if line.endswith("\n"))
-    replace_text(path, "".join(line for line in whole if json.loads(line)["step"] <= last_step))
+    kept = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        try:
+            step = json.loads(line)["step"] if line.endswith(b"\n") else None
+        except (ValueError, TypeError, KeyError):
+            step = None
+        if step is None:
+            logger.warning("%s: line %d is damaged (%r); dropped", path, number, line[:40])
+        elif step <= last_step:
+            kept.append(line.decode())
+    replace_text(path, "".join(kept))

@@ -25,10 +25,15 @@ class RunFolder:
         """Take the folder.
 
         Raises:
-            ConfigError: another process holds it.
+            ConfigError: another process holds it, or a part of it is a file.
             OSError: it cannot be made.
         """
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ConfigError(
+                f"run.dir({path}): a part of it is a file ({error}); give another folder"
+            ) from error
         lock = path / LOCK_NAME
         try:
             self._file = lock_file(lock, wait=False)

@@ -9,8 +9,8 @@ import numpy as np
 from lclm.config import Config, check_world
 from lclm.context.plan.cost import CostModel
 from lclm.context.plan.rates import Machine
-from lclm.data.remote import is_remote
 from lclm.data.stage_rows import HeldOutRows, StageRows
+from lclm.optim import learning_rate
 
 NUM_ROWS_COMPARED = 8  # rows of a stage by which "auto" decides how keys travel
 
@@ -124,12 +124,6 @@ def domain_names(planned: Sequence[StageRows]) -> list[str]:
     return list(dict.fromkeys(name for rows in planned for name in rows.domain_names.values()))
 
 
-def missing_data(config: Config) -> list[str]:
-    """Index files that the configuration names but that do not exist; URLs are fetched later."""
-    local = [prefix for prefix in config.prefixes if not is_remote(prefix)]
-    return [f"{prefix}.idx" for prefix in local if not Path(f"{prefix}.idx").is_file()]
-
-
 def describe(config: Config, world_size: int, planned: Sequence[StageRows] = ()) -> str:
     """The derived numbers of a run, for `--dry-run`.
 
@@ -171,6 +165,11 @@ def describe(config: Config, world_size: int, planned: Sequence[StageRows] = ())
             f"{round(stage.warmup_fraction * stage.num_steps)} warm-up steps, "
             f"optimizer state {stage.optimizer_state if number else 'fresh'}",
         ]
+        if learning_rate(stage, stage.num_steps - 1) == 0:
+            lines.append(
+                f"           step {first + stage.num_steps - 1:,} changes no weight: its learning "
+                f"rate is 0; set stage.{number}.min_lr above 0"
+            )
         for entry in stage.mixture:
             piece = (
                 f" {entry.piece_length or stage.seq_length:,}" if entry.packing == "exact" else ""

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lclm.checkpoint import store
 from lclm.checkpoint.folder import (
     CheckpointError,
     CheckpointInfo,
+    check_architecture,
     find_newest,
     read_info,
     resolve_step_folder,
 )
-from lclm.config import Config, ConfigError
+from lclm.config import Config, ConfigError, RopeScaling
 from lclm.data.indexed import IndexedReader, check_same_tokenizer
 from lclm.data.remote import fetch_prefix
 from lclm.data.tokenizer import Tokenizer, load_tokenizer
@@ -57,8 +57,9 @@ def find_start(config: Config) -> Start:
         check_changes(config, data, checkpoint, info)
     elif config.model.init_from:
         weights = resolve_step_folder(config.model.init_from)
+        _compare_rope(config, read_info(weights))
     for folder in filter(None, (checkpoint, weights)):
-        store.check_architecture(folder, read_info(folder), config.model)
+        check_architecture(folder, read_info(folder), config.model)
     travels = Path(config.data.tokenizer) if tokenizer is not None else None
     return Start(travels, checkpoint, weights, data)
 
@@ -125,7 +126,34 @@ def _find_checkpoint(config: Config) -> Path | None:
     return found
 
 
+def _compare_rope(config: Config, info: CheckpointInfo) -> None:
+    """Say where the rotary embedding is not the one that the weights were trained with."""
+    where = f"model.init_from({config.model.init_from})"
+    here, there = config.model.rope_scaling, info.model.get("rope_scaling")
+    if here != (there and RopeScaling.model_validate(there)):
+        logger.warning(
+            "%s was trained with rope_scaling %s, but model.rope_scaling is %s: copy it, unless "
+            "the change is meant",
+            where,
+            there,
+            here and here.model_dump(),
+        )
+    if info.rope_base != config.stage[0].rope_base:
+        logger.warning(
+            "%s was trained with rope_base %g, but stage.0.rope_base is %g: right where a longer "
+            "context is trained",
+            where,
+            info.rope_base,
+            config.stage[0].rope_base,
+        )
+
+
 def _check_position(config: Config, folder: Path, info: CheckpointInfo) -> None:
+    if not info.has_optimizer:
+        raise CheckpointError(
+            f"checkpoint {folder}: holds weights only and cannot be resumed; start from it with "
+            "model.init_from, in another run.dir"
+        )
     here = find_position(config, info.step)
     if (here.stage, here.stage_step, here.tokens) != (info.stage, info.stage_step, info.tokens):
         raise CheckpointError(

@@ -54,10 +54,11 @@ def test_dry_run_prints_the_numbers_and_trains_nothing(run_file: Path) -> None:
     assert not Path("never").exists()
 
 
-def test_dry_run_without_data_says_so(run_file: Path) -> None:
+def test_dry_run_without_data_prints_what_is_known_and_refuses(run_file: Path) -> None:
     result = call(str(run_file), "--dry-run", "stage.0.mixture.0.prefix=absent")
-    assert result.returncode == 0, result.stderr
-    assert "not planned: absent.idx not found" in result.stdout
+    assert result.returncode == 2, result.stderr
+    assert "steps 5..8 of 256 tokens" in result.stdout
+    assert "error: absent" in result.stderr
 
 
 REFUSALS = {

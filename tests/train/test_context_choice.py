@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from lclm.context.plan.cost import Comm
-from lclm.context.plan.rates import LINKS, Rate, load_machine
+from lclm.context.plan.rates import LINKS, RATES_NAME, Rate, load_machine
 from lclm.train.context_setup import choose_comm, find_machine, read_rates
 from lclm.train.stages import attention_cost, spread_rows
 from tests.train.tiny import tiny_config
@@ -34,6 +34,14 @@ def test_no_machine_is_needed_where_nothing_is_auto() -> None:
     fixed = {"parallel__cp_layout": "zigzag", "parallel__cp_comm": "ring"}
     assert find_machine(tiny_config("unused", parallel__cp=4, **fixed), mesh_of(4)) is None
     assert find_machine(tiny_config("unused"), mesh_of(1)) is None
+
+
+def test_a_deterministic_run_measures_nothing(tmp_path: Path) -> None:
+    """Nor does it read what was measured."""
+    (tmp_path / RATES_NAME).write_text("{")
+    changes = {"parallel__cp": 4, "train__deterministic": True}
+    assert find_machine(tiny_config(tmp_path, **changes), mesh_of(4)) == LINKS["nvlink"]
+    assert find_machine(tiny_config(tmp_path, **changes), mesh_of(16)) == LINKS["infiniband"]
 
 
 def mesh_of(cp_size: int) -> SimpleNamespace:

@@ -2,15 +2,20 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from lclm.config import Config, ConfigError
+from lclm.checkpoint.folder import CheckpointError, write_info, write_latest
+from lclm.config import Config, ConfigError, ModelConfig, RopeScaling
+from lclm.config_file import dump_toml
 from lclm.data.indexed import IndexedWriter
 from lclm.data.tokenizer import load_tokenizer
-from lclm.train.stages import missing_data, plan_stages, plan_validation
+from lclm.train.__main__ import main
+from lclm.train.stages import plan_stages, plan_validation
 from lclm.train.start import find_start
+from tests.checkpoint.samples import checkpoint_info
 from tests.train.tiny import VOCAB_SIZE, tiny_config
 
 
@@ -32,6 +37,80 @@ def config_of(folder: Path, *prefixes: str, **changes: object) -> Config:
         for prefix in prefixes
     ]
     return tiny_config(folder / "run", stage=stages, **changes)
+
+
+def dry_run(config: Config, folder: Path) -> int:
+    (folder / "run.toml").write_text(dump_toml(config))
+    with pytest.MonkeyPatch.context() as patch:  # the log of this process is pytest's
+        patch.setattr("lclm.command_line.setup_logging", lambda: None)
+        return main([str(folder / "run.toml"), "--dry-run"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__vocab_size": 64}, "more than model.vocab_size(64)"),
+        ({"data__tokenizer": "absent"}, "absent"),
+        ({"model__init_from": "absent"}, "checkpoint absent: no such folder"),
+        ({"checkpoint__resume": "required"}, "has no checkpoint"),
+        ({"validation__rows_per_domain": 2, "data__held_out_fraction": 0.0}, "held out"),
+        ({"stage__0__mixture__0__prefix": "absent"}, "absent"),
+        ({"stage__0__tokens": 64 * 256 * 9}, "data.max_epochs"),
+    ],
+    ids=["vocabulary", "tokenizer", "init", "checkpoint", "held out", "prefix", "too little data"],
+)
+def test_a_dry_run_refuses_what_a_start_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+) -> None:
+    assert dry_run(config_of(tmp_path, write(tmp_path / "a", None), **changes), tmp_path) == 2
+    said = capsys.readouterr()
+    assert message in said.err and "Traceback" not in said.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_says_where_it_starts_and_which_step_is_for_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefix = write(tmp_path / "a", None)
+    one_step = {"stage__0__tokens": 256, "stage__0__min_lr": 0.0}
+    assert dry_run(config_of(tmp_path, prefix, prefix, **one_step), tmp_path) == 0
+    said = capsys.readouterr().out
+    nothing = "step 1 changes no weight: its learning rate is 0; set stage.0.min_lr above 0"
+    assert said.count("changes no weight") == 1 and nothing in said
+    assert "start      from random weights" in said
+
+
+def test_weights_of_another_rotary_embedding_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("lclm"), "propagate", True)
+    prefix, weights = write(tmp_path / "a", None), tmp_path / "weights"
+    config = config_of(tmp_path, prefix, model__init_from=str(weights))
+    weights.mkdir()
+    llama3 = RopeScaling(type="llama3", factor=8.0)
+
+    def start(model: ModelConfig, rope_base: float) -> str:
+        info = checkpoint_info(model=model.recorded_fields(), rope_base=rope_base)
+        write_info(weights, info)
+        caplog.clear()
+        assert find_start(config).weights == weights
+        return caplog.text
+
+    assert start(config.model, 1e4) == ""
+    said = start(config.model.model_copy(update={"rope_scaling": llama3}), 5e5)
+    assert f"model.init_from({weights}) was trained with rope_scaling {{'type': 'llama3'" in said
+    assert "but model.rope_scaling is None" in said
+    assert "rope_base 500000, but stage.0.rope_base is 10000" in said
+
+
+def test_weights_alone_are_not_gone_on_with(tmp_path: Path) -> None:
+    config = config_of(tmp_path, write(tmp_path / "a", None), checkpoint__resume="required")
+    step = tmp_path / "run" / "checkpoints" / "step_00000000"
+    step.mkdir(parents=True)
+    write_info(step, checkpoint_info(step=0, has_optimizer=False))
+    write_latest(step.parent, step.name)
+    with pytest.raises(CheckpointError, match=r"holds weights only .* with model\.init_from"):
+        find_start(config)
 
 
 def test_stages_of_different_tokenizers(tmp_path: Path) -> None:
@@ -97,9 +176,3 @@ def test_held_out_rows_are_looked_at_too(tmp_path: Path) -> None:
     config = config_of(tmp_path, prefix, validation__rows_per_domain=1)
     with pytest.raises(ValueError, match=r"a\.bin: .* hold ids from 96 to 96"):
         plan_validation(config)[0][0].row(0)
-
-
-def test_urls_are_not_missing_before_they_are_asked_for(tmp_path: Path) -> None:
-    prefix = write(tmp_path / "a", None)
-    config = config_of(tmp_path, prefix, "s3://bucket/books", "absent")
-    assert missing_data(config) == ["absent.idx"]
