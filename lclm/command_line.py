@@ -7,6 +7,8 @@ from pathlib import Path
 
 from lclm.log import setup_logging
 
+INTERRUPTED = 130  # exit status, as shells give it for SIGINT
+
 
 class ToolFailedError(Exception):
     """The machine failed, not the input; the message says what to do. Exit status 1."""
@@ -39,18 +41,20 @@ def run_tool(
     has_log: bool = True,
     os_error_status: int = 1,
     os_error_note: str = "",
+    interrupt_note: str = "",
 ) -> int:
     """Run a tool and return its exit status; an error becomes the line `<name>: error: ...`.
 
     Args:
         name: of the tool, in messages.
-        run: does the work. ValueError means bad input and gives status 2; any exception that is
-            not named here goes on, an interrupt too.
+        run: does the work. ValueError means bad input and gives status 2, an interrupt 130; any
+            exception that is not named here goes on.
         options: parsed, for `run`.
         has_log: whether log lines go to stderr.
         os_error_status: exit status where the file system fails: 1, or 2 for a tool that only
             reads its input.
         os_error_note: what follows the message of an OSError.
+        interrupt_note: what follows that of an interrupt.
     """
     if has_log:
         setup_logging()
@@ -62,6 +66,8 @@ def run_tool(
         message, status = str(error), 1
     except OSError as error:
         message, status = f"{error}{os_error_note}", os_error_status
+    except KeyboardInterrupt:
+        message, status = f"interrupted{interrupt_note}", INTERRUPTED
     else:
         return 0
     sys.stderr.write(f"{name}: error: {message}\n")

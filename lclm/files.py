@@ -151,6 +151,12 @@ def make_once(target: Path, make: Callable[[], None]) -> None:
             make()
 
 
+def zstd_decompressor(path: Path) -> Any:
+    """A decompressor for a .zst file, of long windows too (`zstd --long=31`)."""
+    zstandard = import_optional("zstandard", "zstandard", path)
+    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+
+
 def import_optional(module: str, package: str, path: Path) -> Any:
     """An optional package that a file needs; ValueError with the remedy where it is missing."""
     try:

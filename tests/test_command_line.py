@@ -42,7 +42,12 @@ def test_success_says_nothing(capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), TypeError("a bug")])
+def test_an_interrupt_is_one_line_too(capsys):
+    assert run_raising(KeyboardInterrupt(), interrupt_note="; go on") == 130
+    assert capsys.readouterr().err == "tool: error: interrupted; go on\n"
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), TypeError("a bug")])
 def test_the_rest_goes_on(error):
     with pytest.raises(type(error)):
         run_raising(error)

@@ -74,7 +74,8 @@ examples
   python tools/preprocess_data.py --input repositories/ --group-by repo --domain code \\
       --output-prefix data/code --tokenizer llama3/ --append-eod
 
-exit status: 0 success, 1 the machine failed (disk full, a worker killed), 2 bad usage or bad input
+exit status: 0 success, 1 the machine failed (disk full, a worker killed), 2 bad usage or bad
+input, 130 interrupted
 """
 
 
@@ -235,7 +236,14 @@ def run(arguments: argparse.Namespace) -> None:
 def main(command_line: list[str] | None = None) -> int:
     """Run the tool and return its exit status."""
     options = build_parser().parse_args(command_line)
-    return run_tool("preprocess_data", run, options, os_error_note="; nothing was written")
+    nothing, goes_on = "; nothing was written", "; the same command goes on where this one stopped"
+    return run_tool(
+        "preprocess_data",
+        run,
+        options,
+        os_error_note=nothing,
+        interrupt_note=nothing if options.chat else goes_on,
+    )
 
 
 if __name__ == "__main__":

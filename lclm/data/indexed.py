@@ -33,6 +33,15 @@ COPY_BYTES = 1 << 24
 Document = tuple[np.ndarray, np.ndarray | None]  # tokens, numbers of their weights as targets
 
 
+def check_new_prefix(prefix: str) -> None:
+    """Raise ValueError where a prefix to be written names a folder, its files would be hidden."""
+    if os.path.basename(prefix) in ("", ".", ".."):
+        raise ValueError(
+            f"--output-prefix {prefix}: ends in no name; give the start of the files' names, for "
+            f"example {os.path.join(prefix, 'books')}"
+        )
+
+
 def prefix_files(prefix: str | os.PathLike[str]) -> list[Path]:
     """The files that a prefix may have, there or not."""
     return [Path(os.fspath(prefix) + ending) for ending in _ENDINGS]
@@ -209,6 +218,7 @@ class IndexedWriter:
                 written and every document brings the number of each token's weight.
         """
         self.prefix = os.fspath(prefix)
+        check_new_prefix(self.prefix)
         self.vocab_size = vocab_size
         self.dtype = dtype_for_vocab(vocab_size)
         self.metadata: dict[str, Any] = {}

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from lclm.data.indexed import Document
-from lclm.files import import_optional
+from lclm.files import import_optional, zstd_decompressor
 
+READ = ("input_ids", "indices", "mask")  # columns
 _VALUE_TYPES = {
     8: np.uint8, 9: np.int8, 16: np.uint16, 17: np.int16, 32: np.uint32, 33: np.int32,
     64: np.uint64, 65: np.int64,
@@ -65,6 +66,14 @@ class MdsReader:
                 f"{path}: has format and version {sorted(formats)} and columns {sorted(columns)}; "
                 "only mds of version 2 with a column input_ids is read"
             )
+        for shard in self._shards:
+            for name, encoding in zip(shard["column_names"], shard["column_encodings"]):
+                parts = [*str(encoding).split(":"), ""]
+                if name in READ and (parts[0] != "ndarray" or parts[1] not in ("", *_NUMBERS)):
+                    raise ValueError(
+                        f"{path}: column {name} is stored as {encoding}; only ndarray of "
+                        f"{', '.join(_NUMBERS)} is read: write the shards with one of these"
+                    )
         self.has_weights = self.is_chat = "mask" in columns
         self.weight_values = (0.0, 1.0) if self.has_weights else ()
         self.num_outside = 0
@@ -115,8 +124,8 @@ class MdsReader:
                 )
             zstandard = import_optional("zstandard", "zstandard", path)
             try:
-                decompress = zstandard.ZstdDecompressor().decompressobj()
-                data = np.frombuffer(decompress.decompress(path.read_bytes()), np.uint8)
+                raw = zstd_decompressor(path).decompress(path.read_bytes())
+                data = np.frombuffer(raw, np.uint8)
             except zstandard.ZstdError as error:
                 raise ValueError(
                     f"{path}: cannot be decompressed ({error}); fetch it again"
@@ -145,16 +154,14 @@ def _read_sample(data: np.ndarray, number: int, shard: dict[str, Any]) -> dict[s
         size = next(stored) if size is None else size
         if at + size > len(body):
             raise ValueError(f"column {name} ends behind the sample")
-        if name in ("input_ids", "indices", "mask"):
+        if name in READ:
             sample[name] = _decode_array(body[at : at + size].tobytes(), encoding)
         at += size
     return sample
 
 
 def _decode_array(raw: bytes, encoding: str) -> np.ndarray:
-    kind, *given = encoding.split(":")
-    if kind != "ndarray":
-        raise ValueError(f"encoding {encoding} is no array of integers")
+    _, *given = encoding.split(":")
     at = 0
     if given:
         dtype = np.dtype(_NUMBERS[given[0]])

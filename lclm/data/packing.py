@@ -196,6 +196,13 @@ def build_best_fit_rows(
             break
         epoch += 1
         if epoch >= max_epochs:
+            shortest = domain.train_lengths.min()
+            if domain.reader.is_chat and shortest > row_length:
+                raise ValueError(
+                    f"{where}: all {domain.num_docs} conversations of {domain.prefix} are longer "
+                    f"than a row of {row_length} tokens (the shortest has {shortest}) and would be "
+                    "left out; give a longer seq_length or shorter conversations"
+                )
             num_tokens = int(lengths.sum(dtype=np.int64)) if epoch == max_epochs else 0
             raise ValueError(
                 f"{where}: {domain.prefix} needs {num_rows} rows of {row_length} tokens, its "

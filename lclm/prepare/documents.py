@@ -158,10 +158,10 @@ def _read_rows(
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             columns = list(names if keys is None else keys)
-            missing = [key for key in columns if key not in names]
-            if missing:
-                reason = f"has no column {missing[0]!r} (its columns: {', '.join(names)})"
-                yield Problem(path, 0, reason)
+            bad = [key for key in columns if names.count(key) != 1]
+            if bad:
+                how = f"the column {bad[0]!r} twice" if bad[0] in names else f"no column {bad[0]!r}"
+                yield Problem(path, 0, f"has {how} (its columns: {', '.join(names)})")
                 return
             groups = list(range(unit.start, unit.end))
             for batch in file.iter_batches(PARQUET_ROWS, row_groups=groups, columns=columns):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lclm.data.indexed import adopt_tokens, prefix_files
+from lclm.data.indexed import adopt_tokens, check_new_prefix, prefix_files
 from lclm.data.tokenizer import Tokenizer, hash_file
 from lclm.files import refuse_overwriting
 from lclm.prepare.chat import ChatOptions, ChatTemplate
@@ -90,6 +90,7 @@ def encode_sources(
             or there is no document at all.
         concurrent.futures.process.BrokenProcessPool: a worker died.
     """
+    check_new_prefix(output_prefix)
     check_options(tokenizer, options)
     if options.chat is not None and any(source.documents for source in sources):
         raise ValueError("--chat: reads JSON lines and Parquet; leave other files out of --input")
@@ -188,6 +189,12 @@ def check_options(tokenizer: Tokenizer, options: EncodeOptions) -> None:
     tokenizer.end_tokens(options.prepend_bos, options.append_eod)
     if len(set(options.json_keys)) != len(options.json_keys) or not options.json_keys:
         raise ValueError(f"--json-keys {options.json_keys}: give at least one key, each once")
+    slashed = [key for key in options.json_keys if "/" in key]
+    if slashed and len(options.json_keys) > 1:
+        raise ValueError(
+            f"--json-keys {slashed[0]}: would be part of the name <prefix>_<key>, which cannot "
+            "hold a slash; give this key alone"
+        )
     if options.num_workers < 1:
         raise ValueError(f"--workers {options.num_workers}: must be at least 1")
     if options.chat is not None:
@@ -213,11 +220,12 @@ def _check_chat(tokenizer: Tokenizer, options: EncodeOptions, chat: ChatOptions)
 
 def _check_result(job: _Job, state: State) -> None:
     if state.num_tokens == 0 and job.options.shard[1] == 1:
+        first = f"; the first that was left out: {state.named[0]}" if state.named else ""
         raise ValueError(
             f"input {', '.join(str(source.path) for source in job.sources)}: gives no tokens "
             f"({state.num_empty} empty documents, {state.num_skipped} lines or files skipped, "
             f"{state.num_binary} files that are not text, {state.num_short + state.num_long} "
-            "documents shorter or longer than asked for); nothing was written"
+            f"documents shorter or longer than asked for){first}; nothing was written"
         )
 
 

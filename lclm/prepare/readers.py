@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from lclm.files import import_optional
+from lclm.files import import_optional, zstd_decompressor
 
 GroupBy = Literal["file", "repo"]
 
@@ -324,8 +324,7 @@ def _cut_compressed(number: int, path: Path, block_bytes: int) -> Iterator[Unit]
 def _decompress(path: Path, raw: BinaryIO) -> BinaryIO:
     if path.suffix.lower() == ".gz":
         return gzip.open(raw)  # type: ignore[return-value]
-    zstandard = import_optional("zstandard", "zstandard", path)
-    return io.BufferedReader(_ZstdFrames(raw, zstandard), 1 << 20)  # type: ignore[return-value]
+    return io.BufferedReader(_ZstdFrames(raw, path), 1 << 20)  # type: ignore[return-value]
 
 
 class _ZstdFrames(io.RawIOBase):
@@ -334,9 +333,10 @@ class _ZstdFrames(io.RawIOBase):
     zstandard's own reader ends quietly there.
     """
 
-    def __init__(self, raw: BinaryIO, zstandard: Any) -> None:
+    def __init__(self, raw: BinaryIO, path: Path) -> None:
         self._raw = raw
-        self._zstandard = zstandard
+        self._path = path
+        self._zstandard = import_optional("zstandard", "zstandard", path)
         self._frame: Any = None
         self._ready = b""
 
@@ -352,7 +352,7 @@ class _ZstdFrames(io.RawIOBase):
                     raise EOFError("the last frame is cut short")
                 return 0
             if self._frame is None:
-                self._frame = self._zstandard.ZstdDecompressor().decompressobj()
+                self._frame = zstd_decompressor(self._path)
             try:
                 self._ready = self._frame.decompress(chunk)
             except self._zstandard.ZstdError as error:
