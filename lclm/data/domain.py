@@ -7,12 +7,16 @@ documents depend on the seed, the document lengths and the epoch, on nothing els
 
 import functools
 import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from lclm.data.indexed import IndexedReader
-from lclm.data.remote import fetch_prefix
+from lclm.data.indexed import IndexedReader, read_metadata
+from lclm.data.remote import fetch_prefix, is_remote
 from lclm_kernels.native import seeded_order as sort_by_key
 
 
@@ -33,12 +37,41 @@ def seeded_order(num_items: int, *key: object) -> np.ndarray:
     return sort_by_key(int.from_bytes(digest[:8], "little"), num_items)
 
 
+def prefix_key(prefix: str) -> str:
+    """What tells the files of a prefix from others, however it is spelled."""
+    return prefix if is_remote(prefix) else os.path.realpath(f"{prefix}.bin").removesuffix(".bin")
+
+
+def distinct_names(prefixes: Iterable[str]) -> dict[str, str]:
+    """Names of domains for metrics, by prefix; those of different files differ.
+
+    A name is `domain` of `<prefix>.json`, else the last part of the prefix. Where several prefixes
+    have one name, each takes the last parts of its own path that are enough to tell them apart.
+    """
+    own = {prefix: _own_name(prefix) for prefix in dict.fromkeys(prefixes)}
+    first = {prefix_key(prefix): prefix for prefix in reversed(own)}
+    names = {prefix: own[prefix] for prefix in reversed(first.values())}
+    num_parts = 2
+    while len(set(names.values())) < len(names) and num_parts <= max(map(len, first)):
+        shared = [name for name, count in Counter(names.values()).items() if count > 1]
+        for key, prefix in first.items():
+            if names[prefix] in shared:
+                names[prefix] = "/".join(key.split("/")[-num_parts:])
+        num_parts += 1
+    return {prefix: names[first[prefix_key(prefix)]] for prefix in own}
+
+
+def _own_name(prefix: str) -> str:
+    metadata = read_metadata(Path(f"{fetch_prefix(prefix)}.json"))
+    return str(metadata.get("domain") or prefix.rsplit("/", 1)[-1])
+
+
 class Domain:
     """One prefix: which documents are trained on, and their order in each epoch.
 
     Attributes:
         prefix: as given.
-        name: `domain` of `<prefix>.json`, else the last part of the prefix.
+        name: of `distinct_names` of this prefix alone; others may have it too.
         reader: the indexed files.
         key: of the seed and the document lengths; decides every order.
         num_docs: documents trained on in one epoch.
@@ -64,7 +97,7 @@ class Domain:
                 f"{prefix}: holds no document with tokens; take it out of the mixture or write it "
                 "again from input that is not empty"
             )
-        self.name = str(self.reader.metadata.get("domain") or prefix.rsplit("/", 1)[-1])
+        self.name = _own_name(prefix)
         lengths_hash = hashlib.sha256(np.ascontiguousarray(self.reader.lengths).data).hexdigest()
         self.key = (seed, lengths_hash)
         wanted = max(round(held_out_fraction * num_docs), 1) if held_out_fraction > 0 else 0

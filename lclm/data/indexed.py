@@ -107,7 +107,8 @@ class IndexedReader:
             self.lengths, self._starts = documents_of(idx_path, lengths, borders)
             self._start_unit = 1
         self._tokens = RetryingFile(bin_path)
-        self.metadata = _read_metadata(Path(self.prefix + ".json"), self.num_tokens)
+        self.metadata = read_metadata(Path(self.prefix + ".json"))
+        _check_metadata(self.metadata, Path(self.prefix + ".json"), self.num_tokens)
         self.is_chat = bool(self.metadata.get("is_chat"))
         self.weight_values: list[float] = self.metadata.get("weight_values", [])
         self._weight_table = np.array(self.weight_values, np.float32)
@@ -180,19 +181,25 @@ def _open_weights(prefix: str, num_tokens: int) -> np.ndarray:
     return np.memmap(path, np.uint8, "r") if num_tokens else np.empty(0, np.uint8)
 
 
-def _read_metadata(path: Path, num_tokens: int) -> dict[str, Any]:
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The `.json` of a prefix, empty where there is none; ValueError for one that is no object."""
     if not path.is_file():
         return {}
     try:
         metadata = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: is not JSON ({error}); write the prefix again") from error
-    if not isinstance(metadata, dict) or metadata.get("tokens") != num_tokens:
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path}: holds no JSON object; write the prefix again")
+    return metadata
+
+
+def _check_metadata(metadata: dict[str, Any], path: Path, num_tokens: int) -> None:
+    if path.is_file() and metadata.get("tokens") != num_tokens:
         raise ValueError(
             f"{path}: does not describe the {num_tokens} tokens of the files beside it; it belongs "
             "to another version of them: write the prefix again, or delete the .json"
         )
-    return metadata
 
 
 class IndexedWriter:

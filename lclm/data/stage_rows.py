@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lclm.config import MixtureEntry, check_mixture
-from lclm.data.domain import Cursor, Domain, seeded_order
+from lclm.data.domain import Cursor, Domain, distinct_names, prefix_key, seeded_order
 from lclm.data.indexed import check_same_tokenizer
 from lclm.data.mixture import assign_rows
 from lclm.data.packing import (
@@ -117,8 +117,8 @@ class StageRows(_Rows):
 
     Attributes:
         num_rows, seq_length: as given.
-        next_cursors: prefix -> Cursor where the next stage starts; prefixes that this stage does
-            not use keep theirs.
+        next_cursors: `prefix_key` -> Cursor where the next stage starts; prefixes that this stage
+            does not use keep theirs.
     """
 
     def __init__(
@@ -134,6 +134,7 @@ class StageRows(_Rows):
         cache_dir: Path | None = None,
         vocab_size: int | None = None,
         document_mask: bool = True,
+        names: Mapping[str, str] | None = None,
     ) -> None:
         """Pack the stage.
 
@@ -149,6 +150,7 @@ class StageRows(_Rows):
             cache_dir: folder where packings are kept (see `packing_cache`); None: none are.
             vocab_size: of the model; reading a row with other ids is a ValueError. None: no limit.
             document_mask: whether attention and positions stay within a document; labels always do.
+            names: of the domains in metrics, by prefix; None: `distinct_names` of the mixture.
 
         Raises:
             ValueError: a rule of the mixture is broken, files cannot be read or come from different
@@ -161,15 +163,22 @@ class StageRows(_Rows):
             )
         super().__init__(seq_length, vocab_size, document_mask)
         self.num_rows = num_rows
-        self._entries = list(entries)
+        first: dict[str, str] = {}  # spelling of each prefix: two of one file are one domain
+        spelled = [first.setdefault(prefix_key(e.prefix), e.prefix) for e in entries]
+        self._entries = [e.model_copy(update={"prefix": p}) for e, p in zip(entries, spelled)]
         self._piece_lengths = check_mixture(where, self._entries, seq_length)
         self._domains = {
             prefix: Domain(prefix, seed, held_out_fraction)
             for prefix in dict.fromkeys(entry.prefix for entry in self._entries)
         }
+        names = names or distinct_names(self._domains)
+        for prefix, domain in self._domains.items():
+            domain.name = names[prefix]
         check_same_tokenizer([domain.reader for domain in self._domains.values()], "mixture")
         self.next_cursors = dict(cursors or {})
-        self._first_cursors = {p: self.next_cursors.get(p, Cursor()) for p in self._domains}
+        self._first_cursors = {
+            prefix: self.next_cursors.get(prefix_key(prefix), Cursor()) for prefix in self._domains
+        }
         inputs: list[object] = [PACKING_VERSION, seq_length, num_rows]
         inputs += [seed, stage_index, max_epochs]
         inputs += [
@@ -190,7 +199,7 @@ class StageRows(_Rows):
         self._rows_per_entry = np.bincount(self._entry_of_row, minlength=len(self._entries))
         self._facts = dict(zip(self._domains, facts["domains"]))
         for prefix, fact in self._facts.items():
-            self.next_cursors[prefix] = Cursor(*fact["next_cursor"])
+            self.next_cursors[prefix_key(prefix)] = Cursor(*fact["next_cursor"])
 
     def _pack_stage(self, seed: int, stage_index: int, max_epochs: int) -> Packing:
         """Pack every domain and shuffle the rows of every entry."""
@@ -274,7 +283,7 @@ class StageRows(_Rows):
         for prefix, domain in self._domains.items():
             fact, is_chat = self._facts[prefix], domain.reader.is_chat
             first = self._first_cursors[prefix].ordinal / domain.num_docs
-            last = self.next_cursors[prefix].ordinal / domain.num_docs
+            last = self.next_cursors[prefix_key(prefix)].ordinal / domain.num_docs
             dropped = {
                 f"{fact['tail_tokens']} tokens of tails dropped": True,
                 f"{fact['unused_tokens']} in pieces not needed": True,
@@ -306,14 +315,16 @@ class HeldOutRows(_Rows):
         held_out_fraction: float,
         vocab_size: int | None = None,
         document_mask: bool = True,
+        name: str = "",
     ) -> None:
-        """Pack the rows; vocab_size and document_mask as for `StageRows`.
+        """Pack the rows; vocab_size and document_mask as for `StageRows`, name for metrics.
 
         Raises:
             ValueError: no documents are held out, or num_rows is less than 1.
         """
         self._domain = Domain(prefix, seed, held_out_fraction)
         super().__init__(seq_length, vocab_size, document_mask)
+        self._domain.name = name or self._domain.name
         docs = self._domain.held_out_docs
         if len(docs) == 0 or num_rows < 1:
             raise ValueError(

@@ -9,6 +9,8 @@ import numpy as np
 from lclm.config import Config, check_world
 from lclm.context.plan.cost import CostModel
 from lclm.context.plan.rates import Machine
+from lclm.data.domain import distinct_names
+from lclm.data.remote import is_remote
 from lclm.data.stage_rows import HeldOutRows, StageRows
 from lclm.optim import learning_rate
 
@@ -53,6 +55,7 @@ def plan_stages(config: Config, cache_dir: Path | None = None) -> list[StageRows
     Raises:
         ValueError: if files are missing or a domain is too small for its share; before training.
     """
+    names = name_domains(config)
     planned: list[StageRows] = []
     for number, stage in enumerate(config.stage):
         planned.append(
@@ -68,9 +71,15 @@ def plan_stages(config: Config, cache_dir: Path | None = None) -> list[StageRows
                 cache_dir=cache_dir,
                 vocab_size=config.model.vocab_size,
                 document_mask=stage.document_mask,
+                names=names,
             )
         )
     return planned
+
+
+def name_domains(config: Config) -> dict[str, str]:
+    """The name in metrics of each prefix, the same in all stages."""
+    return distinct_names(entry.prefix for stage in config.stage for entry in stage.mixture)
 
 
 def spread_rows(num_rows: int, count: int = NUM_ROWS_COMPARED) -> list[int]:
@@ -84,6 +93,7 @@ def plan_validation(config: Config) -> list[list[HeldOutRows]]:
     Raises:
         ValueError: if a domain has no document to hold out; before training.
     """
+    names = name_domains(config)
     num_rows = config.validation.rows_per_domain
     if num_rows == 0:
         return [[] for _ in config.stage]
@@ -97,6 +107,7 @@ def plan_validation(config: Config) -> list[list[HeldOutRows]]:
                 config.data.held_out_fraction,
                 config.model.vocab_size,
                 stage.document_mask,
+                names[prefix],
             )
             for prefix in dict.fromkeys(entry.prefix for entry in stage.mixture)
         ]

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from lclm.data.domain import Cursor, Domain, seeded_order
+from lclm.data.domain import Cursor, Domain, distinct_names, seeded_order
 from lclm.data.indexed import IndexedReader, IndexedWriter
 from lclm.data.stage_rows import HeldOutRows, StageRows
 from tests.data_fixtures import mixture_entry
@@ -328,3 +328,53 @@ def test_a_million_documents_are_planned_in_a_second(tmp_path):
     stage = build(entries, 1024, 25_000, held_out_fraction=0.01)
     assert time.process_time() - start < 3, "a second on a slow machine; three with a margin"
     assert stage.row(24_999).doc_lengths.sum() == 1024
+
+
+def test_domains_of_one_name_are_told_apart(tmp_path, write_prefix, monkeypatch):
+    for folder in ("x", "y", "deep/x", "z"):
+        (tmp_path / folder).mkdir(parents=True)
+    x, y, deep = (write_prefix(f"{name}/text", LENGTHS) for name in ("x", "y", "deep/x"))
+    named = write_prefix("z/other", LENGTHS, domain="text")
+    plain = write_prefix("code", LENGTHS)
+    assert distinct_names([x, plain]) == {x: "text", plain: "code"}
+    assert distinct_names([x, y]) == {x: "x/text", y: "y/text"}
+    assert distinct_names([x, named]) == {x: "x/text", named: "z/other"}
+    root = tmp_path.name
+    assert distinct_names([x, deep]) == {x: f"{root}/x/text", deep: "deep/x/text"}
+    monkeypatch.chdir(tmp_path)
+    assert distinct_names(["x/text", x]) == {"x/text": "text", x: "text"}, "one file"
+    assert distinct_names([x, "y/text", "x/text"])["x/text"] == "x/text"
+    entries = [mixture_entry(prefix, "concat", 0, 0.5) for prefix in (x, y)]
+    stage = build(entries, 32, 8)
+    assert {stage.row(number).domain for number in range(8)} == {"x/text", "y/text"}
+    assert stage.domain_names == {x: "x/text", y: "y/text"}
+    assert HeldOutRows(x, 16, 1, 1, 0.1, name="x/text").row(0).domain == "x/text"
+    assert HeldOutRows(x, 16, 1, 1, 0.1).row(0).domain == "text"
+
+
+def documents_read(stage):
+    """Numbers of the documents: tokens of `write_prefix` are all different."""
+    return [token for row in map(stage.row, range(len(stage))) for token in row.tokens.tolist()]
+
+
+@pytest.mark.parametrize("spelling", ["a", "./a", "../{}/a", "link/a", "b"])
+def test_a_prefix_spelled_two_ways_is_one(tmp_path, write_prefix, monkeypatch, spelling):
+    prefix = write_prefix("a", [24] * 20)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for ending in (".bin", ".idx", ".json"):
+        (tmp_path / f"b{ending}").symlink_to(f"a{ending}")
+    monkeypatch.chdir(tmp_path)
+    other = spelling.format(tmp_path.name)
+    first = build([mixture_entry(prefix, "concat", 0, 1.0)], 16, 8)
+    entries = [mixture_entry(other, "concat", 0, 1.0)]
+    second = build(entries, 16, 22, stage_index=1, cursors=first.next_cursors)
+    read = documents_read(first) + documents_read(second)
+    assert sorted(read) == list(range(1, 481)), "every token once"
+    with pytest.raises(ValueError, match="with packing"):
+        build([mixture_entry(prefix, "concat", 0, 0.5), mixture_entry(other, "concat", 0, 0.5)],
+              16, 8)  # fmt: skip
+    both = build(
+        [mixture_entry(prefix, "exact", 8, 0.5), mixture_entry(other, "exact", 16, 0.5)], 16, 8
+    )
+    read = documents_read(both)
+    assert len(set(read)) == len(read) == 128 and list(both.domain_names) == [prefix]
