@@ -7,7 +7,6 @@ No torch here, so that any tool can look at a checkpoint.
 """
 
 import json
-import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,8 +24,6 @@ LATEST_NAME = "latest"
 TOKENIZER_FOLDER = "tokenizer"
 MODEL_PREFIX = "model."  # of the weights' keys
 FORMAT_VERSION = 1
-
-logger = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
@@ -102,21 +99,12 @@ def find_newest(checkpoint_dir: Path) -> Path | None:
         return resolve_step_folder(checkpoint_dir)
     steps = list_steps(checkpoint_dir)
     whole = [folder for folder in steps.values() if is_whole(folder)]
-    if whole:
-        logger.warning(
-            "checkpoints %s: %s is missing; of its steps %s the newest whole one is %s",
-            checkpoint_dir,
-            LATEST_NAME,
-            list(steps),
-            whole[-1].name,
-        )
-        return whole[-1]
-    if steps:
+    if steps and not whole:
         raise CheckpointError(
             f"checkpoints {checkpoint_dir}: {LATEST_NAME} is missing and none of the steps "
             f"{list(steps)} is whole; copy one again, or give another run.dir"
         )
-    return None
+    return whole[-1] if whole else None
 
 
 def resolve_step_folder(path: str | Path) -> Path:

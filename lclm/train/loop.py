@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
@@ -21,7 +22,7 @@ from lclm.command_line import ToolFailedError
 from lclm.config import Config, StageConfig
 from lclm.config_file import dump_toml
 from lclm.data.prefetch import Prefetcher
-from lclm.data.stage_rows import HeldOutRows, Row, StageRows
+from lclm.data.stage_rows import StageRows
 from lclm.files import replace_text
 from lclm.mesh import Mesh
 from lclm.model.build import build_model, init_weights
@@ -154,7 +155,10 @@ class Run:
         for stage_step in steps:
             costs = self._row_flops(number, stage_step)
             for row in deal_rows(costs, self.mesh.dp_size)[self.mesh.dp_rank]:
-                yield build.prepare(read_row(self.planned[number], stage_step * len(costs) + row))
+                place = stage_step * len(costs) + row
+                with reading_rows(f"row {place} of stage.{number}"):
+                    batch = build.prepare(self.planned[number].row(place))
+                yield batch
 
     def _train_step(
         self, number: int, stage_step: int, micro_batches: Iterator[MicroBatch]
@@ -245,7 +249,8 @@ class Run:
         stage = self.config.stage[number]
         losses: dict[str, float] = {}
         for held_out in self.held_out[number]:
-            rows = [read_row(held_out, n) for n in range(len(held_out))]
+            with reading_rows(f"validation of stage.{number}"):
+                rows = [held_out.row(n) for n in range(len(held_out))]
             try:
                 sums = self.engine.evaluate(
                     iterate_global_batch(rows, build, self.mesh),
@@ -323,12 +328,13 @@ class Run:
         return drawn
 
 
-def read_row(rows: StageRows | HeldOutRows, number: int) -> Row:
-    """A row. Raises ToolFailedError where its files are damaged or cannot be read."""
+@contextmanager
+def reading_rows(where: str) -> Iterator[None]:
+    """Data that is damaged or cannot be read stops the run in one line that names it."""
     try:
-        return rows.row(number)
+        yield
     except (ValueError, OSError) as error:
-        raise ToolFailedError(f"row {number} cannot be read: {error}") from error
+        raise ToolFailedError(f"{where} cannot be read: {error}") from error
 
 
 class Stopwatch:

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from lclm.checkpoint.folder import (
+    LATEST_NAME,
     CheckpointError,
     CheckpointInfo,
     check_architecture,
     find_newest,
+    list_steps,
     read_info,
     resolve_step_folder,
 )
@@ -52,6 +54,14 @@ def find_start(config: Config) -> Start:
     checkpoint = _find_checkpoint(config)
     weights = None
     if checkpoint is not None:
+        if not (checkpoint.parent / LATEST_NAME).is_file():
+            logger.warning(
+                "checkpoints %s: %s is missing; of its steps %s the newest whole one is %s",
+                checkpoint.parent,
+                LATEST_NAME,
+                list(list_steps(checkpoint.parent)),
+                checkpoint.name,
+            )
         info = read_info(checkpoint)
         _check_position(config, checkpoint, info)
         check_changes(config, data, checkpoint, info)

@@ -7,13 +7,20 @@ import shutil
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lclm.checkpoint.folder import read_info
 from lclm.config import ConfigError
+from lclm.config_file import load_config
+from lclm.data.indexed import IndexedWriter
 from lclm.train.run_folder import LOCK_NAME, RunFolder
+from lclm.train.stages import plan_stages
 from tests.distributed import run_distributed
 from tests.train.runs import Ended, read_records, run_calls, steps_of, write_run_file
+from tests.train.tiny import VOCAB_SIZE
+
+HUGE = float(np.float32(3e38))  # times a loss above 1.2 it is infinite in fp32
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +92,28 @@ def test_a_loss_that_is_not_finite_stops_the_run(run_file: Path, base: Path) -> 
     done = len(read_records(run_dir))
     assert 1 <= done < 4
     assert (run_dir / "checkpoints" / "latest").read_text() == f"step_{done:08d}\n"
+
+
+def test_the_rows_whose_loss_is_not_finite_are_named_by_every_rank(tmp_path: Path) -> None:
+    """A weight too large for the loss, in one document; two data-parallel ranks share the rows."""
+    run_file = write_run_file(tmp_path, data__held_out_fraction=0.0)
+    with IndexedWriter(str(tmp_path / "a"), VOCAB_SIZE, (1.0, HUGE)) as writer:
+        for number in range(9):
+            writer.add_document(np.arange(64) % VOCAB_SIZE, np.full(64, int(number == 7)))
+    config = load_config(run_file, [f"run.dir={tmp_path / 'run'}"])
+    rows = plan_stages(config)[0]
+    weights = [rows.row(number).token_weights for number in range(len(rows))]
+    bad = [n for n, each in enumerate(weights) if each is not None and (each == HUGE).any()]
+    step = bad[0] // 4 + 1
+    named = [row for row in bad if row // 4 + 1 == step]
+    assert len(named) < 4
+    calls = [[str(run_file), f"run.dir={config.run.dir}"]]
+    for (ended,) in run_distributed(run_calls, 2, calls):
+        assert ended.code == 1, ended.said
+        message = f"step {step}: the loss is not finite, from rows {named} of stage.0 (a); stopped"
+        assert message in ended.said
+    done = read_records(tmp_path / "run") if step > 1 else []
+    assert [record["step"] for record in done] == list(range(1, step))
 
 
 def test_a_folder_serves_one_run_at_a_time(
