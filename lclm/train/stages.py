@@ -10,7 +10,6 @@ from lclm.config import Config, check_world
 from lclm.context.plan.cost import CostModel
 from lclm.context.plan.rates import Machine
 from lclm.data.domain import distinct_names
-from lclm.data.remote import is_remote
 from lclm.data.stage_rows import HeldOutRows, StageRows
 from lclm.optim import learning_rate
 
