@@ -166,7 +166,8 @@ class DataConfig(Section):
     """What holds for every domain."""
 
     tokenizer: str = ""
-    """Tokenizer file or folder; its files travel in every checkpoint. Empty: none travel."""
+    """Tokenizer file or folder; its files travel in every checkpoint. Empty: those of the
+    checkpoint that the run starts from."""
     max_epochs: int = Field(default=4, gt=0)
     """How often a domain may be repeated over the whole run before that is an error."""
     held_out_fraction: float = Field(default=0.01, ge=0, lt=1)

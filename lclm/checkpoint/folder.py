@@ -1,7 +1,8 @@
 """Folders of a checkpoint: where the newest step is, what `lclm.json` says, atomic replacement.
 
     CKPT_DIR/latest               name of the step folder to go on from, one line
-    CKPT_DIR/step_00000012/       torch_dist files, `lclm.json`, and perhaps `tokenizer/`
+    CKPT_DIR/step_00000012/       torch_dist files, `lclm.json`, and perhaps `tokenizer/` and
+                                  `hf_source.json`
 
 No torch here, so that any tool can look at a checkpoint.
 """

@@ -17,7 +17,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from lclm.checkpoint.folder import (
     LATEST_NAME,
     MODEL_PREFIX,
-    TOKENIZER_FOLDER,
     CheckpointInfo,
     check_architecture,
     list_steps,
@@ -26,7 +25,7 @@ from lclm.checkpoint.folder import (
     write_info,
     write_latest,
 )
-from lclm.checkpoint.tokenizer_files import copy_tokenizer
+from lclm.checkpoint.tokenizer_files import write_travelling
 from lclm.command_line import ToolFailedError
 from lclm.config import ModelConfig
 from lclm.files import move_folder
@@ -53,11 +52,12 @@ def save(
     mesh: Mesh,
     model: LlamaModel,
     optimizer: Any,
-    tokenizer: Path | None,
+    files: dict[str, bytes] | None,
 ) -> Path:
     """Write the step folder of `info.step` under `checkpoint_dir` and point `latest` to it.
 
     Called by every rank; returns the step folder. An existing folder of that step is replaced.
+    `files`: what else lies in it, as `read_travelling` gives it.
 
     Raises:
         ToolFailedError: on every rank; the disk is full, say. What was there is as it was.
@@ -87,8 +87,7 @@ def save(
     dist.barrier()
     if mesh.rank == 0:
         write_info(staging, info)
-        if tokenizer is not None:
-            _copy_tokenizer(tokenizer, staging / TOKENIZER_FOLDER)
+        write_travelling(staging, files or {})
         move_folder(staging, target)
         write_latest(checkpoint_dir, target.name)
     dist.barrier()
@@ -136,13 +135,6 @@ def _sharded_weights(model: LlamaModel, metadata: dict[str, Any]) -> dict[str, A
     """
     state = model.sharded_state_dict(prefix=MODEL_PREFIX, metadata=metadata)
     return {name: value for name, value in state.items() if not name.endswith(EXTRA_STATE)}
-
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy a tokenizer's file, or folder, with the files that belong to it."""
-    copy_tokenizer(source if source.is_dir() else source.parent, target)
-    if source.is_file():
-        shutil.copyfile(source, target / source.name)
 
 
 def remove_old(checkpoint_dir: Path, keep: int, step: int, protected_steps: set[int]) -> None:

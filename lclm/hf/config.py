@@ -28,7 +28,18 @@ _FIXED_FIELDS: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1.0, None),
     "quantization_config": (None,),
     "sliding_window": (None,),
+    # read by vLLM's Llama
+    "bias": (False,),
+    "qkv_bias": (False,),
+    "logit_scale": (1.0,),
+    "is_causal": (True,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    # code of its own, which may compute something else and does not travel
+    "auto_map": (None, {}),
 }
+# Keys that are carried on as they came: they change nothing that we compute.
+_CARRIED_FIELDS = ("hidden_act", "attention_bias", "attention_dropout", "mlp_bias", "use_cache")
 # Our field, theirs, and what an absent one means in transformers' LlamaConfig; `...`: required.
 _MODEL_FIELDS: tuple[tuple[str, str, Any], ...] = (
     ("num_layers", "num_hidden_layers", ...),
@@ -167,7 +178,7 @@ def _read_rope(config: Mapping[str, Any], where: str) -> tuple[float, RopeScalin
 
 
 def _read_scaling(tree: Mapping[str, Any], where: str) -> RopeScaling | None:
-    kind = tree.get("rope_type", tree.get("type", "default"))
+    kind = _rope_type(tree)
     _check_fixed(tree, {"partial_rotary_factor": (1.0,)}, where)
     if kind == "default":
         nested = sorted(name for name, value in tree.items() if isinstance(value, dict))
@@ -230,3 +241,21 @@ def build_hf_config(
         "dtype": dtype,
         "torch_dtype": dtype,
     }
+
+
+def merge_hf_config(built: Mapping[str, Any], original: Mapping[str, Any]) -> dict[str, Any]:
+    """What `build_hf_config` gave, with all else that the original `config.json` holds.
+
+    What a scaling says beyond the fields that we know stays as long as its type does.
+    """
+    merged = {**original, **built}
+    merged |= {name: original[name] for name in _CARRIED_FIELDS if name in original}
+    for name in ("rope_parameters", "rope_scaling"):
+        old, new = original.get(name), built[name]
+        if old and new and _rope_type(old) == _rope_type(new):
+            merged[name] = {**old, **new}
+    return merged
+
+
+def _rope_type(tree: Mapping[str, Any]) -> Any:
+    return tree.get("rope_type", tree.get("type", "default"))

@@ -7,6 +7,7 @@ theirs -> ours -> theirs gives the same tensors.
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,18 @@ from lclm.checkpoint.folder import (
 )
 from lclm.checkpoint.tokenizer_files import (
     GENERATION_CONFIG_NAME,
-    copy_tokenizer,
     has_tokenizer,
     read_token_ids,
+    read_travelling,
+    read_vocabulary_ids,
+    write_travelling,
 )
 from lclm.files import refuse_overwriting
 from lclm.hf.config import (
     CONFIG_NAME,
     HfModel,
     build_hf_config,
+    merge_hf_config,
     parse_model,
     read_hf_config,
 )
@@ -49,6 +53,7 @@ from lclm.hf.safetensors_folder import (
     check_names_and_shapes,
     write_shards,
 )
+from lclm.hf.source import HfSource, merge_ids, read_source, write_source
 from lclm.hf.torch_dist import TorchDistReader, write_torch_dist
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -82,6 +87,7 @@ def convert_to_hf(
     where = str(step_folder)
     model = parse_model(info.model, where)
     reader = TorchDistReader(step_folder)
+    source = read_source(step_folder)
     table = build_weight_table(model)
     stored = {k: t for k, t in reader.tensors().items() if k.startswith(MODEL_PREFIX)}
     check_names_and_shapes(
@@ -108,26 +114,39 @@ def convert_to_hf(
 
     with new_folder(output, overwrite) as staging:
         write_shards(staging, groups, load_group, max_shard_bytes, report)
-        if tokenizer is not None:
-            copy_tokenizer(tokenizer, staging)
-        elif has_tokenizer(step_folder / TOKENIZER_FOLDER):
-            copy_tokenizer(step_folder / TOKENIZER_FOLDER, staging, is_tokenizer_folder=True)
-        else:
+        write_travelling(staging, _tokenizer_files(step_folder, tokenizer))
+        if not has_tokenizer(staging):
             report(f"warning: {where} holds no tokenizer; add one with --tokenizer")
         # Mixed types are declared as the widest, so that loading loses nothing.
         widest = max((g[0].dtype for g in groups), key=lambda dtype: dtype.itemsize)
-        source = HfModel(model, info.rope_base, info.seq_length)
-        _write_configs(staging, source, dtype_name(widest))
+        hf_model = HfModel(model, info.rope_base, info.seq_length)
+        _write_configs(staging, hf_model, dtype_name(widest), source)
 
 
-def _write_configs(folder: Path, source: HfModel, dtype: str) -> None:
+def _tokenizer_files(step_folder: Path, tokenizer: Path | None) -> dict[str, bytes]:
+    """Content of the files that are written beside the weights, by name."""
+    files = read_travelling(tokenizer, step_folder)
+    prefix = f"{TOKENIZER_FOLDER}/"
+    return {n.removeprefix(prefix): c for n, c in files.items() if n.startswith(prefix)}
+
+
+def _write_configs(folder: Path, model: HfModel, dtype: str, source: HfSource | None) -> None:
     """Write `config.json`, and complete `generation_config.json`, beside the tokenizer's files."""
-    ids = read_token_ids(folder)
-    config = build_hf_config(source, dtype, ids.bos, ids.eos)
     path = folder / GENERATION_CONFIG_NAME
     generation = read_json(path) if path.is_file() else dict[str, Any]()
-    told = {"bos_token_id": ids.bos, "eos_token_id": ids.eos}
-    generation.update({name: value for name, value in told.items() if value is not None})
+    if source is None:
+        ids = read_token_ids(folder)
+        config = build_hf_config(model, dtype, ids.bos, ids.eos)
+        told = {"bos_token_id": ids.bos, "eos_token_id": ids.eos}
+        generation_ids = {name: value for name, value in told.items() if value is not None}
+    else:
+        config_ids, generation_ids = merge_ids(source, generation, read_vocabulary_ids(folder))
+        built = build_hf_config(model, dtype, None, None)
+        config = {**merge_hf_config(built, source.config), **config_ids}
+        for name in ("bos_token_id", "eos_token_id"):
+            if name not in config_ids:  # absent, it means transformers' own default
+                del config[name]
+    generation.update(generation_ids)
     for name, tree in ((CONFIG_NAME, config), (GENERATION_CONFIG_NAME, generation)):
         (folder / name).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
 
@@ -177,10 +196,11 @@ def convert_from_hf(
         step_folder.mkdir()
         specs = [TensorSpec(entry.ours, entry.shape, dtype) for entry in table]
         write_torch_dist(step_folder, specs, load)
-        if has_tokenizer(hf_folder):
-            copy_tokenizer(hf_folder, step_folder / TOKENIZER_FOLDER)
-        else:
+        write_travelling(step_folder, read_travelling(hf_folder, None))
+        if not has_tokenizer(hf_folder):
             report(f"warning: {hf_folder} holds no tokenizer; the checkpoint will have none")
+        ids = asdict(read_vocabulary_ids(hf_folder))
+        write_source(step_folder, HfSource(read_json(hf_folder / CONFIG_NAME), ids))
         write_info(step_folder, _import_info(source, dtype))
         write_latest(staging, step_folder.name)
 

@@ -55,7 +55,7 @@ class Run:
         self.dir = Path(config.run.dir)
         self.checkpoint_dir = self.dir / "checkpoints"
         self.held_out = plan_validation(config)
-        self.tokenizer = start.tokenizer
+        self.files = start.files
         self.data = start.data
         self.step = self.first_step = 0
         self.carried: dict[str, int] = {}
@@ -296,7 +296,7 @@ class Run:
             self.mesh,
             self.engine.module,
             self.engine.optimizer,
-            self.tokenizer,
+            self.files,
         )
         logger.info("saved %s in %.1f s", folder, time.perf_counter() - start)
         if self.mesh.rank == 0:

@@ -15,6 +15,7 @@ from lclm.checkpoint.folder import (
     read_info,
     resolve_step_folder,
 )
+from lclm.checkpoint.tokenizer_files import read_travelling
 from lclm.config import Config, ConfigError, RopeScaling
 from lclm.data.indexed import IndexedReader, check_same_tokenizer
 from lclm.data.remote import fetch_prefix
@@ -30,13 +31,15 @@ class Start:
     """Where weights and tokenizer come from."""
 
     tokenizer: Path | None
-    """Tokenizer file or folder that travels in checkpoints."""
+    """Tokenizer file or folder that the configuration names."""
     checkpoint: Path | None
     """Step folder to resume from."""
     weights: Path | None
     """Step folder from which only the weights are taken, if nothing is resumed."""
     data: dict[str, Any]
     """`changes.describe_data` of every prefix."""
+    files: dict[str, bytes]
+    """What travels in checkpoints, as `read_travelling` gives it."""
 
 
 def find_start(config: Config) -> Start:
@@ -71,7 +74,9 @@ def find_start(config: Config) -> Start:
     for folder in filter(None, (checkpoint, weights)):
         check_architecture(folder, read_info(folder), config.model)
     travels = Path(config.data.tokenizer) if tokenizer is not None else None
-    return Start(travels, checkpoint, weights, data)
+    return Start(
+        travels, checkpoint, weights, data, read_travelling(travels, checkpoint or weights)
+    )
 
 
 def check_unchanged(config: Config, start: Start) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import torch
@@ -9,7 +10,14 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lclm.checkpoint.folder import CheckpointInfo
+from lclm.checkpoint.folder import (
+    CheckpointInfo,
+    read_info,
+    resolve_step_folder,
+    step_folder_name,
+    write_info,
+)
+from lclm.checkpoint.tokenizer_files import read_travelling, write_travelling
 from lclm.config import ModelConfig
 from lclm.hf.config import HfModel
 from lclm.hf.torch_dist import TorchDistReader
@@ -103,6 +111,21 @@ def edit_json(path: Path, **changes) -> None:
     """Set fields of a JSON object in a file; the value `...` removes one."""
     tree = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({name: v for name, v in tree.items() if v is not ...}))
+
+
+def save_after(origin: Path, run: Path, tokenizer: Path | None = None, **fields) -> Path:
+    """What a run that starts from a checkpoint saves, its weights unchanged; the step folder."""
+    step_folder = resolve_step_folder(origin)
+    values = {"step": 4, "has_optimizer": True, **fields}
+    info = read_info(step_folder).model_copy(update=values)
+    target = run / step_folder_name(info.step)
+    target.mkdir(parents=True)
+    for path in step_folder.iterdir():
+        if path.name == ".metadata" or path.suffix in (".distcp", ".pt") or "metadata" in path.name:
+            shutil.copyfile(path, target / path.name)
+    write_travelling(target, read_travelling(tokenizer, step_folder))
+    write_info(target, info)
+    return target
 
 
 def mini_llama_logits(step_folder: Path, source: HfModel, ids: torch.Tensor) -> torch.Tensor:

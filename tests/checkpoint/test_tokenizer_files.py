@@ -6,9 +6,10 @@ import pytest
 
 from lclm.checkpoint.tokenizer_files import (
     TokenIds,
-    copy_tokenizer,
+    find_tokenizer,
     has_tokenizer,
     read_token_ids,
+    read_travelling,
 )
 
 WORDS = {"model": {"vocab": {"<s>": 4, "</s>": 5}}}
@@ -52,28 +53,75 @@ def test_ids(tmp_path, files, expected):
 
 
 def test_only_the_tokenizer_is_taken_from_a_model_folder(tmp_path):
-    source, target = tmp_path / "model", tmp_path / "out"
-    source.mkdir()
-    write(source, config={}, tokenizer=WORDS, tokenizer_config=TEXTS, other={})
-    (source / "model.safetensors").write_text("x")
-    assert copy_tokenizer(source, target) == ["tokenizer.json", "tokenizer_config.json"]
-    assert sorted(path.name for path in target.iterdir()) == [
-        "tokenizer.json",
-        "tokenizer_config.json",
-    ]
+    write(tmp_path, config={}, tokenizer=WORDS, tokenizer_config=TEXTS, other={})
+    (tmp_path / "model.safetensors").write_text("x")
+    names = ["tokenizer.json", "tokenizer_config.json"]
+    assert find_tokenizer(tmp_path) == {name: tmp_path / name for name in names}
+    assert list(find_tokenizer(tmp_path / "tokenizer.json")) == names
 
 
 def test_files_of_any_name_are_taken_from_a_tokenizer_folder(tmp_path):
-    source, target = tmp_path / "tokenizer", tmp_path / "out"
-    source.mkdir()
-    write(source, config={}, tokenizer=WORDS, other={})
+    write(tmp_path, config={}, tokenizer=WORDS, other={})
     for name in ("words.bpe", "model.safetensors", "model.safetensors.index.json"):
-        (source / name).write_text("x")
-    assert copy_tokenizer(source, target, is_tokenizer_folder=True) == [
-        "other.json",
-        "tokenizer.json",
-        "words.bpe",
-    ]
+        (tmp_path / name).write_text("x")
+    names = ["other.json", "tokenizer.json", "words.bpe"]
+    assert list(find_tokenizer(tmp_path, is_tokenizer_folder=True)) == names
+
+
+def test_more_chat_templates_travel(tmp_path):
+    write(tmp_path, tokenizer=WORDS)
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("{{ x }}")
+    files = read_travelling(tmp_path, None)
+    assert files["tokenizer/additional_chat_templates/tool_use.jinja"] == b"{{ x }}"
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [(b' {"model": {}}', "tokenizer.json"), (b"IQ== 0\n", "tokenizer.model")],
+)
+def test_a_file_of_another_name_gets_the_usual_one(tmp_path, content, name):
+    file = tmp_path / "my_tok.json"
+    file.write_bytes(content)
+    write(tmp_path, tokenizer_config=TEXTS)
+    assert find_tokenizer(file) == {
+        name: file,
+        "tokenizer_config.json": tmp_path / "tokenizer_config.json",
+    }
+    (tmp_path / "tokenizer.json").write_text("{}")  # what else is there belongs to this one
+    assert find_tokenizer(file) == {name: file}
+
+
+def test_what_travels_is_kept_though_its_source_goes(tmp_path):
+    write_folder = tmp_path / "words"
+    write_folder.mkdir()
+    write(write_folder, tokenizer=WORDS)
+    files = read_travelling(write_folder, None)
+    (write_folder / "tokenizer.json").unlink()
+    assert json.loads(files["tokenizer/tokenizer.json"]) == WORDS
+
+
+def test_what_a_start_carries_on(tmp_path):
+    origin, other = tmp_path / "step_00000000", tmp_path / "other"
+    (origin / "tokenizer").mkdir(parents=True)
+    write(origin / "tokenizer", tokenizer=WORDS, odd={}, generation_config={"eos_token_id": [5, 9]})
+    (origin / "hf_source.json").write_text("{}")
+    other.mkdir()
+    write(other, tokenizer=PIECES)
+    generation = "tokenizer/generation_config.json"
+    kept = read_travelling(None, origin)
+    assert kept.keys() == {
+        "hf_source.json",
+        "tokenizer/tokenizer.json",
+        "tokenizer/odd.json",
+        generation,
+    }
+    changed = read_travelling(other, origin)
+    assert changed.keys() == {"hf_source.json", "tokenizer/tokenizer.json", generation}
+    assert json.loads(changed["tokenizer/tokenizer.json"]) == PIECES
+    assert changed[generation] == kept[generation]
+    write(other, generation_config={"temperature": 0.5})
+    assert json.loads(read_travelling(other, origin)[generation]) == {"temperature": 0.5}
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "vocab.json"])

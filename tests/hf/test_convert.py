@@ -187,7 +187,7 @@ def test_tokenizer_travels_both_ways(tmp_path, hf_folder):
         assert (tmp_path / "again" / name).read_bytes() == (hf_folder / name).read_bytes()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "again")
     assert tokenizer("w3 w5")["input_ids"] == [3, 5]
-    # generation_config.json of the source comes first: bos 1, eos 2 in transformers' Llama
+    # config.json of the source comes first: bos 1, eos 2 in transformers' Llama
     config = json.loads((tmp_path / "again" / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
 
@@ -195,6 +195,7 @@ def test_tokenizer_travels_both_ways(tmp_path, hf_folder):
 def test_ids_come_from_the_tokenizer(tmp_path, hf_folder):
     write_tokenizer(hf_folder)
     (hf_folder / "generation_config.json").unlink()
+    edit_json(hf_folder / "config.json", bos_token_id=..., eos_token_id=...)
     import_hf(hf_folder, tmp_path / "ckpt")
     export_hf(tmp_path / "ckpt", tmp_path / "again")
     for name in ("config.json", "generation_config.json"):
@@ -208,12 +209,14 @@ def test_several_ends_of_text_survive(tmp_path, hf_folder):
     import_hf(hf_folder, tmp_path / "ckpt")
     export_hf(tmp_path / "ckpt", tmp_path / "again")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
-    assert model.config.eos_token_id == [2, 7]
+    assert model.config.eos_token_id == 2  # as its own file says
     assert model.generation_config.eos_token_id == [2, 7]
     assert model.generation_config.temperature == 0.6
 
 
-def test_without_tokenizer_there_is_a_warning_and_no_id(tmp_path, checkpoint):
+def test_without_tokenizer_there_is_a_warning_and_no_id_is_made_up(tmp_path, checkpoint):
+    (checkpoint / "step_00000000" / "hf_source.json").unlink()  # as of a model from scratch
+    shutil.rmtree(checkpoint / "step_00000000" / "tokenizer")
     lines = export_hf(checkpoint, tmp_path / "again")
     assert any("warning" in line and "tokenizer" in line for line in lines)
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "again").config
