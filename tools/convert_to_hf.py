@@ -10,9 +10,11 @@ from lclm.command_line import add_output, make_parser, run_tool
 from lclm.hf.convert import DEFAULT_SHARD_BYTES, EXPORT_DTYPES, convert_to_hf
 
 EPILOG = """\
-The folder holds the weights (safetensors, streamed: memory stays at about one tensor), config.json
-(max_position_embeddings is the checkpoint's seq_length), generation_config.json and the tokenizer
-files that travel in the checkpoint. It appears under its name only when it is complete.
+The folder holds the weights (safetensors, streamed: memory stays at about one tensor), config.json,
+generation_config.json and the tokenizer files that travel in the checkpoint. What the folder that
+the model comes from said, and training did not change, is said again. Limits of length become the
+longest stage trained, or stay the starting model's if that is more. The folder appears under its
+name only when it is complete.
 
 examples:
   python tools/convert_to_hf.py --checkpoint runs/prolong/checkpoints --output runs/prolong/hf

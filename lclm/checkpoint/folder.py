@@ -51,7 +51,10 @@ class CheckpointInfo(BaseModel):
     rope_base: float = Field(ge=1)
     """Base of the rotary frequencies in use."""
     seq_length: int = Field(ge=1)
-    """Tokens of a row; the exported model's longest context."""
+    """Tokens of a row."""
+    max_context: int = Field(default=0, ge=0)
+    """Longest context that the weights are made for, in tokens: the larger of the limit of the
+    model that the run starts from and its longest stage so far. 0, in older files: seq_length."""
     dtype: str = Field(pattern="^(float32|bfloat16)$")
     """Type of the weights."""
     has_optimizer: bool
@@ -64,6 +67,11 @@ class CheckpointInfo(BaseModel):
     """What tells the data of each prefix from any other; absent where nothing was trained."""
     config: dict[str, Any] = {}
     """The configuration of the run; absent where nothing was trained."""
+
+    @property
+    def context_limit(self) -> int:
+        """Tokens of the longest context that an export promises."""
+        return max(self.max_context, self.seq_length)
 
 
 def dtype_name(dtype: object) -> str:

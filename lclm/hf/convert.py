@@ -46,6 +46,7 @@ from lclm.hf.config import (
     parse_model,
     read_hf_config,
 )
+from lclm.hf.limits import raise_limits
 from lclm.hf.names import HF_EMBEDDING, HF_OUTPUT, build_weight_table
 from lclm.hf.safetensors_folder import (
     SafetensorsFolder,
@@ -119,8 +120,10 @@ def convert_to_hf(
             report(f"warning: {where} holds no tokenizer; add one with --tokenizer")
         # Mixed types are declared as the widest, so that loading loses nothing.
         widest = max((g[0].dtype for g in groups), key=lambda dtype: dtype.itemsize)
-        hf_model = HfModel(model, info.rope_base, info.seq_length)
+        hf_model = HfModel(model, info.rope_base, info.context_limit)
         _write_configs(staging, hf_model, dtype_name(widest), source)
+        if info.has_optimizer:  # trained here: an import says of itself what it said
+            raise_limits(staging, info.context_limit, report)
 
 
 def _tokenizer_files(step_folder: Path, tokenizer: Path | None) -> dict[str, bytes]:
@@ -216,6 +219,7 @@ def _import_info(source: HfModel, dtype: torch.dtype) -> CheckpointInfo:
         model=source.model.recorded_fields(),
         rope_base=source.rope_base,
         seq_length=source.seq_length,
+        max_context=source.seq_length,
         dtype=dtype_name(dtype),
         has_optimizer=False,
         ledger={},

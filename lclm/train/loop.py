@@ -57,6 +57,7 @@ class Run:
         self.held_out = plan_validation(config)
         self.files = start.files
         self.data = start.data
+        self.context_limit = start.context_limit
         self.step = self.first_step = 0
         self.carried: dict[str, int] = {}
         model = build_model(config, mesh)
@@ -272,6 +273,7 @@ class Run:
         if not is_last and (every == 0 or self.step % every):
             return
         stage = self.config.stage[number]
+        stages = self.config.stage[: number + 1]
         position = find_position(self.config, self.step)
         info = CheckpointInfo(
             format=1,
@@ -282,6 +284,7 @@ class Run:
             model=self.config.model.recorded_fields(),
             rope_base=stage.rope_base,
             seq_length=stage.seq_length,
+            max_context=max(self.context_limit, *(s.seq_length for s in stages)),
             dtype=dtype_name(self.mesh.dtype),
             has_optimizer=True,
             ledger=self._ledger(),

@@ -40,6 +40,8 @@ class Start:
     """`changes.describe_data` of every prefix."""
     files: dict[str, bytes]
     """What travels in checkpoints, as `read_travelling` gives it."""
+    context_limit: int
+    """Longest context of the weights that the run starts from, in tokens; 0: there are none."""
 
 
 def find_start(config: Config) -> Start:
@@ -74,9 +76,9 @@ def find_start(config: Config) -> Start:
     for folder in filter(None, (checkpoint, weights)):
         check_architecture(folder, read_info(folder), config.model)
     travels = Path(config.data.tokenizer) if tokenizer is not None else None
-    return Start(
-        travels, checkpoint, weights, data, read_travelling(travels, checkpoint or weights)
-    )
+    origin = checkpoint or weights
+    limit = 0 if origin is None else read_info(origin).context_limit
+    return Start(travels, checkpoint, weights, data, read_travelling(travels, origin), limit)
 
 
 def check_unchanged(config: Config, start: Start) -> None:

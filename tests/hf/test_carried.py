@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lclm.checkpoint.folder import CheckpointError
+from lclm.checkpoint.folder import CheckpointError, read_info, resolve_step_folder
 from lclm.hf.convert import convert_from_hf, convert_to_hf
 from tests.checkpoint.samples import edit_json, save_after, save_hf, write_tokenizer
 
@@ -159,3 +159,68 @@ def test_a_damaged_source_is_refused(tmp_path):
     (tmp_path / "ckpt" / "step_00000000" / "hf_source.json").write_text('{"config": []}')
     with pytest.raises(CheckpointError, match=r"hf_source\.json: must hold the objects config"):
         convert_to_hf(tmp_path / "ckpt", tmp_path / "again", report=quiet)
+
+
+SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_new_tokens": 32}
+
+
+def lengthened(tmp_path, *lengths, limit=256, **options):
+    """Folder of a model of 256 tokens, trained in one run for each of `lengths`, exported."""
+    folder = tmp_path / "hf"
+    save_hf(folder)
+    write_tokenizer(folder)
+    edit_json(folder / "tokenizer_config.json", model_max_length=limit)
+    edit_json(folder / "generation_config.json", max_length=limit, **SAMPLING)
+    edit_json(folder / "config.json", max_length=limit)
+    convert_from_hf(folder, tmp_path / "ckpt", report=quiet)
+    last = tmp_path / "ckpt"
+    for number, length in enumerate(lengths):
+        # the tokenizer is given anew each time, as configurations do
+        origin = read_info(resolve_step_folder(last))
+        reached = max(origin.context_limit, length)
+        last = save_after(
+            last, tmp_path / f"run{number}", folder, seq_length=length, max_context=reached
+        )
+    convert_to_hf(last, tmp_path / "again", report=quiet, **options)
+    return tmp_path / "again"
+
+
+@pytest.mark.parametrize(
+    ("lengths", "limit", "expected"),
+    [
+        ((1024,), 256, (1024, 1024)),
+        ((2048, 512), 256, (2048, 2048)),  # a short stage after a long one lowers nothing
+        ((64,), 256, (256, 256)),
+        ((1024,), 4096, (1024, 4096)),
+        ((1024,), int(1e30), (1024, int(1e30))),
+        ((), 128, (256, 128)),  # only imported: as it was
+    ],
+)
+def test_limits_follow_the_training(tmp_path, lengths, limit, expected):
+    again = lengthened(tmp_path, *lengths, limit=limit)
+    config, generation = read(again), read(again, "generation_config.json")
+    assert config["max_position_embeddings"] == expected[0]
+    found = read(again, "tokenizer_config.json")["model_max_length"]
+    assert (found, generation["max_length"], config["max_length"]) == (expected[1],) * 3
+    assert {key: generation[key] for key in SAMPLING} == SAMPLING
+
+
+def test_transformers_takes_long_texts_after_lengthening(tmp_path):
+    again = lengthened(tmp_path, 1024)
+    tokenizer = AutoTokenizer.from_pretrained(again)
+    ids = tokenizer("w3 " * 900, truncation=True, return_tensors="pt")["input_ids"]
+    assert ids.shape[1] == 900
+    model = AutoModelForCausalLM.from_pretrained(again)
+    assert (
+        model.generate(ids, max_new_tokens=None, pad_token_id=0, eos_token_id=None).shape[1] > 900
+    )
+
+
+def test_absent_limits_stay_absent(tmp_path):
+    save_hf(tmp_path / "hf")
+    write_tokenizer(tmp_path / "hf")
+    convert_from_hf(tmp_path / "hf", tmp_path / "ckpt", report=quiet)
+    last = save_after(tmp_path / "ckpt", tmp_path / "run", seq_length=1024)
+    convert_to_hf(last, tmp_path / "again", report=quiet)
+    assert "model_max_length" not in read(tmp_path / "again", "tokenizer_config.json")
+    assert "max_length" not in read(tmp_path / "again", "generation_config.json")
