@@ -53,10 +53,12 @@ class TensorSpec:
 class SafetensorsFolder:
     """Tensors of a folder with `model.safetensors`, or with shards and their index.
 
-    Every header is read at once; data when asked for.
+    Every header is read at once; data when asked for. Where both are there they must hold the same,
+    since transformers takes the single file and others the shards.
 
     Raises:
-        CheckpointError: if a shard is absent or damaged, or the index does not fit the shards.
+        CheckpointError: if a shard is absent or damaged, the index does not fit the shards, or
+            shards and single file differ.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -69,6 +71,8 @@ class SafetensorsFolder:
             self._read_header(shard)
         if index:
             self._check_index(index)
+            if SINGLE_NAME not in index.values() and (folder / SINGLE_NAME).is_file():
+                self._check_same_as_single()
 
     def _read_index(self) -> dict[str, str]:
         path = self.folder / INDEX_NAME
@@ -106,6 +110,23 @@ class SafetensorsFolder:
                 f"says, {_some(extra)} in a shard but not in it; copy the folder again"
             )
 
+    def _check_same_as_single(self) -> None:
+        single = self._open_shard(SINGLE_NAME)
+        names = set(single.keys())
+        different = sorted(names ^ self.specs.keys())
+        for name in sorted(names & self.specs.keys()):
+            one, other = single.get_tensor(name), self.load(name)
+            is_same_kind = (one.dtype, one.shape) == (other.dtype, other.shape)
+            # bytes: a NaN equals itself
+            if not (is_same_kind and torch.equal(_bytes(one), _bytes(other))):
+                different.append(name)
+        if different:
+            raise CheckpointError(
+                f"{self.folder}: holds {SINGLE_NAME} and {INDEX_NAME} with its shards, which "
+                f"differ in {_some(different)}, and transformers reads the former; delete the one "
+                "that is stale"
+            )
+
     def _open_shard(self, shard: str) -> Any:
         path = self.folder / shard
         if not path.is_file():
@@ -120,6 +141,10 @@ class SafetensorsFolder:
     def load(self, name: str) -> torch.Tensor:
         """One tensor on the CPU, in its stored type."""
         return self._shard(self.shard_of[name]).get_tensor(name)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.flatten().view(torch.uint8)
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:

@@ -5,7 +5,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lclm.checkpoint.folder import CheckpointError
 from lclm.hf.safetensors_folder import (
@@ -74,3 +74,27 @@ def test_a_tensor_other_than_planned_is_an_error(tmp_path):
         write_shards(tmp_path, groups, lambda n: [torch.ones(11)], 100, print)
     with pytest.raises(CheckpointError, match="planned"):
         write_shards(tmp_path, groups, lambda n: [torch.ones(10).half()], 100, print)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: None, None),
+        (lambda t: t["g1.t0"].fill_(1), r"differ in 1 tensors \(g1\.t0\)"),
+        (lambda t: t.update({"g0.t0": t["g0.t0"].bfloat16()}), r"differ in 1 tensors \(g0\.t0\)"),
+        (lambda t: t.update({"g0.t0": t["g0.t0"][None]}), r"differ in 1 tensors \(g0\.t0\)"),
+        (lambda t: t.pop("g0.t0"), r"differ in 1 tensors \(g0\.t0\)"),
+        (lambda t: t.update(more=torch.ones(1)), r"differ in 1 tensors \(more\)"),
+    ],
+)
+def test_single_file_beside_shards_must_hold_the_same(tmp_path, change, message):
+    groups = make_groups(1, 1)
+    tensors = {group[0].name: torch.full((10,), float("nan")) for group in groups}
+    write_shards(tmp_path, groups, lambda n: [tensors[groups[n][0].name]], 40, print)
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    if message is None:
+        assert SafetensorsFolder(tmp_path).specs.keys() == tensors.keys()
+        return
+    with pytest.raises(CheckpointError, match=message):
+        SafetensorsFolder(tmp_path)
