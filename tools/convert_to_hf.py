@@ -57,8 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokenizer",
         type=Path,
-        metavar="DIR",
-        help="folder with a tokenizer to take instead of the checkpoint's own",
+        metavar="PATH",
+        help="folder with a tokenizer, or its file, to take instead of the checkpoint's own",
     )
     parser.add_argument(
         "--max-shard-size",

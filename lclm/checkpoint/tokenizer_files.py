@@ -40,9 +40,9 @@ class TokenIds:
     pad: int | None = None
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether the folder holds a vocabulary."""
-    return any((folder / name).is_file() for name in VOCABULARY_NAMES)
+def has_tokenizer(source: Path) -> bool:
+    """Whether a folder holds a vocabulary, or is itself such a file."""
+    return source.is_file() or any((source / name).is_file() for name in VOCABULARY_NAMES)
 
 
 def find_tokenizer(source: Path, is_tokenizer_folder: bool = False) -> dict[str, Path]:

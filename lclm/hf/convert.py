@@ -30,6 +30,7 @@ from lclm.checkpoint.folder import (
     write_latest,
 )
 from lclm.checkpoint.tokenizer_files import (
+    COMPANION_NAMES,
     GENERATION_CONFIG_NAME,
     has_tokenizer,
     read_token_ids,
@@ -76,8 +77,8 @@ def convert_to_hf(
     """Export the weights of a checkpoint as a Hugging Face folder.
 
     `checkpoint`: a step folder or one with `latest`. `dtype`: `keep`, `bf16` or `fp32`.
-    `tokenizer`: a folder whose tokenizer takes the place of the checkpoint's own. `report` gets
-    progress and warnings, a line each. Peak memory: about twice the largest weight.
+    `tokenizer`: a folder or file whose tokenizer takes the place of the checkpoint's own. `report`
+    gets progress and warnings, a line each. Peak memory: about twice the largest weight.
 
     Raises:
         CheckpointError: for input that cannot be converted; then `output` is as it was before.
@@ -117,13 +118,23 @@ def convert_to_hf(
         write_shards(staging, groups, load_group, max_shard_bytes, report)
         write_travelling(staging, _tokenizer_files(step_folder, tokenizer))
         if not has_tokenizer(staging):
-            report(f"warning: {where} holds no tokenizer; add one with --tokenizer")
+            report(f"warning: {where} holds no tokenizer{_odd_names(step_folder)}")
         # Mixed types are declared as the widest, so that loading loses nothing.
         widest = max((g[0].dtype for g in groups), key=lambda dtype: dtype.itemsize)
         hf_model = HfModel(model, info.rope_base, info.context_limit)
         _write_configs(staging, hf_model, dtype_name(widest), source)
         if info.has_optimizer:  # trained here: an import says of itself what it said
             raise_limits(staging, info.context_limit, report)
+
+
+def _odd_names(step_folder: Path) -> str:
+    """The remedy. Older checkpoints hold a vocabulary under the name that it was given by."""
+    folder = step_folder / TOKENIZER_FOLDER
+    names = sorted(path.name for path in folder.glob("*")) if folder.is_dir() else []
+    odd = [name for name in names if name not in COMPANION_NAMES]
+    if not odd:
+        return "; add one with --tokenizer"
+    return f" of a usual name; if {folder / odd[0]} is one, give that file as --tokenizer"
 
 
 def _tokenizer_files(step_folder: Path, tokenizer: Path | None) -> dict[str, bytes]:

@@ -224,3 +224,34 @@ def test_absent_limits_stay_absent(tmp_path):
     convert_to_hf(last, tmp_path / "again", report=quiet)
     assert "model_max_length" not in read(tmp_path / "again", "tokenizer_config.json")
     assert "max_length" not in read(tmp_path / "again", "generation_config.json")
+
+
+def test_a_tokenizer_file_of_any_name_is_exported(tmp_path):
+    save_hf(tmp_path / "hf")
+    write_tokenizer(tmp_path / "words")
+    file = tmp_path / "words" / "my_tok.json"
+    (tmp_path / "words" / "tokenizer.json").rename(file)
+    again = pass_through(tmp_path / "hf", tmp_path, (file, None))
+    assert AutoTokenizer.from_pretrained(again)("w3 w5")["input_ids"] == [3, 5]
+
+
+def test_a_tokenizer_of_an_odd_name_in_an_older_checkpoint_is_named(tmp_path):
+    save_hf(tmp_path / "hf")
+    write_tokenizer(tmp_path / "hf")
+    convert_from_hf(tmp_path / "hf", tmp_path / "ckpt", report=quiet)
+    folder = tmp_path / "ckpt" / "step_00000000" / "tokenizer"
+    file = (folder / "tokenizer.json").rename(folder / "my_tok.json")
+    lines = []
+    convert_to_hf(tmp_path / "ckpt", tmp_path / "again", report=lines.append)
+    assert any(line.endswith(f"if {file} is one, give that file as --tokenizer") for line in lines)
+    convert_to_hf(tmp_path / "ckpt", tmp_path / "third", tokenizer=file, report=quiet)
+    assert AutoTokenizer.from_pretrained(tmp_path / "third")("w3 w5")["input_ids"] == [3, 5]
+
+
+def test_generation_config_goes_on_under_another_tokenizer(tmp_path):
+    save_hf(tmp_path / "hf")
+    edit_json(tmp_path / "hf" / "generation_config.json", eos_token_id=[2, 52], temperature=0.6)
+    write_tokenizer(tmp_path / "words")
+    again = pass_through(tmp_path / "hf", tmp_path, (None, tmp_path / "words"))
+    generation = read(again, "generation_config.json")
+    assert (generation["eos_token_id"], generation["temperature"]) == ([2, 52], 0.6)
