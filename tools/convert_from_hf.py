@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from lclm.command_line import add_output, make_parser, run_tool
-from lclm.hf.convert import convert_from_hf
+from lclm.hf.convert import add_weight_options, convert_from_hf
 
 EPILOG = """\
 The checkpoint folder holds `latest` and step_00000000 with the weights, lclm.json and the tokenizer
@@ -32,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder with config.json and *.safetensors",
     )
     add_output(parser, "CKPT_DIR")
+    add_weight_options(parser)
     return parser
 
 
@@ -40,7 +41,9 @@ def run(options: argparse.Namespace) -> None:
     convert_from_hf(
         options.hf_model,
         options.output,
+        dtype=options.dtype,
         overwrite=options.overwrite,
+        allow_non_finite=options.allow_non_finite,
         report=lambda line: print(line, flush=True),
     )
     print(f"wrote {options.output}")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from lclm.command_line import add_output, make_parser, run_tool
-from lclm.hf.convert import DEFAULT_SHARD_BYTES, EXPORT_DTYPES, convert_to_hf
+from lclm.hf.convert import DEFAULT_SHARD_BYTES, add_weight_options, convert_to_hf
 
 EPILOG = """\
 The folder holds the weights (safetensors, streamed: memory stays at about one tensor), config.json,
@@ -48,12 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="one step's folder, or a folder with `latest`",
     )
     add_output(parser, "HF_DIR")
-    parser.add_argument(
-        "--dtype",
-        choices=tuple(EXPORT_DTYPES),
-        default="keep",
-        help="type of the weights (default: %(default)s, as they are stored)",
-    )
+    add_weight_options(parser)
     parser.add_argument(
         "--tokenizer",
         type=Path,
@@ -76,6 +71,7 @@ def run(options: argparse.Namespace) -> None:
         options.checkpoint,
         options.output,
         dtype=options.dtype,
+        allow_non_finite=options.allow_non_finite,
         tokenizer=options.tokenizer,
         max_shard_bytes=options.max_shard_size,
         overwrite=options.overwrite,

@@ -55,8 +55,8 @@ class CheckpointInfo(BaseModel):
     max_context: int = Field(default=0, ge=0)
     """Longest context that the weights are made for, in tokens: the larger of the limit of the
     model that the run starts from and its longest stage so far. 0, in older files: seq_length."""
-    dtype: str = Field(pattern="^(float32|bfloat16)$")
-    """Type of the weights."""
+    dtype: str = Field(pattern="^(float32|bfloat16|float16)$")
+    """Type of the weights; of several, one that holds all."""
     has_optimizer: bool
     """Whether optimizer state lies beside the weights."""
     ledger: dict[str, Any]
@@ -75,7 +75,7 @@ class CheckpointInfo(BaseModel):
 
 
 def dtype_name(dtype: object) -> str:
-    """`float32` or `bfloat16`, as `lclm.json` and `config.json` write a torch type."""
+    """`float32`, `bfloat16` or `float16`, as `lclm.json` and `config.json` write a torch type."""
     return str(dtype).removeprefix("torch.")
 
 

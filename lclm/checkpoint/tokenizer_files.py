@@ -124,7 +124,7 @@ def read_vocabulary_ids(folder: Path) -> TokenIds:
     """Ids of the texts that `tokenizer_config.json` or `special_tokens_map.json` names."""
     config = _read_optional(folder / "tokenizer_config.json")
     special = _read_optional(folder / "special_tokens_map.json")
-    ids = _ids_by_text(config, _read_optional(folder / "tokenizer.json"))
+    ids = ids_by_text(config, _read_optional(folder / "tokenizer.json"))
     texts = {n: config.get(f"{n}_token") or special.get(f"{n}_token") for n in TOKEN_NAMES}
     return TokenIds(**{name: ids.get(_text(text)) for name, text in texts.items()})
 
@@ -138,7 +138,7 @@ def _text(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _ids_by_text(config: dict[str, Any], tokenizer: dict[str, Any]) -> dict[str | None, int]:
+def ids_by_text(config: dict[str, Any], tokenizer: dict[str, Any]) -> dict[str | None, int]:
     """Ids of all tokens by text, from the vocabulary and the tokens added to it."""
     vocab = tokenizer.get("model", {}).get("vocab", {})
     if isinstance(vocab, list):  # unigram: [text, score] in order of id

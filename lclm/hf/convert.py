@@ -4,6 +4,8 @@ Weights keep their bits (types are changed only where asked for, or where a type
 theirs -> ours -> theirs gives the same tensors.
 """
 
+import argparse
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -39,6 +41,7 @@ from lclm.checkpoint.tokenizer_files import (
     write_travelling,
 )
 from lclm.files import refuse_overwriting
+from lclm.hf.check import check_vocabulary, convert_weight
 from lclm.hf.config import (
     CONFIG_NAME,
     HfModel,
@@ -48,8 +51,9 @@ from lclm.hf.config import (
     read_hf_config,
 )
 from lclm.hf.limits import raise_limits
-from lclm.hf.names import HF_EMBEDDING, HF_OUTPUT, build_weight_table
+from lclm.hf.names import HF_EMBEDDING, HF_OUTPUT, WeightEntry, build_weight_table
 from lclm.hf.safetensors_folder import (
+    DTYPES_BY_NAME,
     SafetensorsFolder,
     TensorSpec,
     check_names_and_shapes,
@@ -59,26 +63,46 @@ from lclm.hf.source import HfSource, merge_ids, read_source, write_source
 from lclm.hf.torch_dist import TorchDistReader, write_torch_dist
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-EXPORT_DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp32": torch.float32}
+KEEP = "keep"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPE_CHOICES = (KEEP, *DTYPES)
 
 Report = Callable[[str], None]
+
+
+def add_weight_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--dtype` and `--allow-non-finite`."""
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPE_CHOICES,
+        default=KEEP,
+        help="type of the weights (default: %(default)s, each as it is)",
+    )
+    parser.add_argument(
+        "--allow-non-finite",
+        action="store_true",
+        help="take weights that hold NaN or infinite values",
+    )
 
 
 def convert_to_hf(
     checkpoint: Path,
     output: Path,
     *,
-    dtype: str = "keep",
+    dtype: str = KEEP,
     tokenizer: Path | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
+    allow_non_finite: bool = False,
     report: Report,
 ) -> None:
     """Export the weights of a checkpoint as a Hugging Face folder.
 
-    `checkpoint`: a step folder or one with `latest`. `dtype`: `keep`, `bf16` or `fp32`.
-    `tokenizer`: a folder or file whose tokenizer takes the place of the checkpoint's own. `report`
-    gets progress and warnings, a line each. Peak memory: about twice the largest weight.
+    `checkpoint`: a step folder or one with `latest`. `dtype`: one of `DTYPE_CHOICES`;
+    `keep` is as stored, and for an import as in its source. `tokenizer`: a folder or file whose
+    tokenizer takes the place of the checkpoint's own. `allow_non_finite`: take NaN and infinite
+    weights. `report` gets progress and warnings, a line each. Peak memory: about twice the largest
+    weight.
 
     Raises:
         CheckpointError: for input that cannot be converted; then `output` is as it was before.
@@ -100,31 +124,45 @@ def convert_to_hf(
     )
     if tokenizer is not None and not has_tokenizer(tokenizer):
         raise CheckpointError(f"tokenizer {tokenizer}: holds no tokenizer; give a folder with one")
-    target_dtype = EXPORT_DTYPES[dtype]
+    check_vocabulary(tokenizer or step_folder / TOKENIZER_FOLDER, model.vocab_size)
+    # Training gives every weight one type of its own.
+    theirs = source.dtypes if source is not None and not info.has_optimizer else {}
+
+    def their_spec(entry: WeightEntry, name: str, shape: tuple[int, ...]) -> TensorSpec:
+        kept = DTYPES_BY_NAME[theirs[name]] if name in theirs else stored[entry.ours].dtype
+        return TensorSpec(name, shape, DTYPES.get(dtype, kept))
+
     groups = [
-        [
-            TensorSpec(name, shape, target_dtype or stored[entry.ours].dtype)
-            for name, shape in zip(entry.theirs, entry.their_shapes)
-        ]
+        [their_spec(entry, *named) for named in zip(entry.theirs, entry.their_shapes)]
         for entry in table
     ]
 
     def load_group(number: int) -> list[torch.Tensor]:
         entry = table[number]
         parts = entry.to_theirs(reader.load(entry.ours))
-        return [part.to(groups[number][0].dtype) for part in parts]
+        return [
+            convert_weight(part, spec, where, allow_non_finite)
+            for part, spec in zip(parts, groups[number])
+        ]
 
     with new_folder(output, overwrite) as staging:
         write_shards(staging, groups, load_group, max_shard_bytes, report)
         write_travelling(staging, _tokenizer_files(step_folder, tokenizer))
         if not has_tokenizer(staging):
             report(f"warning: {where} holds no tokenizer{_odd_names(step_folder)}")
-        # Mixed types are declared as the widest, so that loading loses nothing.
-        widest = max((g[0].dtype for g in groups), key=lambda dtype: dtype.itemsize)
+        declared = _declared_dtype({spec.dtype for group in groups for spec in group}, source)
         hf_model = HfModel(model, info.rope_base, info.context_limit)
-        _write_configs(staging, hf_model, dtype_name(widest), source)
+        _write_configs(staging, hf_model, declared, source)
         if info.has_optimizer:  # trained here: an import says of itself what it said
             raise_limits(staging, info.context_limit, report)
+
+
+def _declared_dtype(dtypes: set[torch.dtype], source: HfSource | None) -> str:
+    """What `config.json` says: the source's type if it still occurs, else the widest."""
+    names = {dtype_name(dtype) for dtype in dtypes}
+    said = [source.config.get(key) for key in ("dtype", "torch_dtype")] if source else []
+    widest = dtype_name(functools.reduce(torch.promote_types, dtypes))
+    return next((name for name in said if name in names), widest)
 
 
 def _odd_names(step_folder: Path) -> str:
@@ -166,13 +204,21 @@ def _write_configs(folder: Path, model: HfModel, dtype: str, source: HfSource | 
 
 
 def convert_from_hf(
-    hf_folder: Path, output: Path, *, overwrite: bool = False, report: Report
+    hf_folder: Path,
+    output: Path,
+    *,
+    dtype: str = KEEP,
+    overwrite: bool = False,
+    allow_non_finite: bool = False,
+    report: Report,
 ) -> None:
     """Import a Hugging Face folder as a checkpoint folder: `latest` and step 0, weights only.
 
-    bfloat16 weights stay so; weights with any float16 or float32 tensor become float32, which
-    holds all three exactly. `report` gets progress and warnings. Peak memory: about three times
-    the largest weight, besides what the system maps of the shards.
+    `dtype`: one of `DTYPE_CHOICES`. With `keep` every weight stays as it is; where those that
+    become one of ours differ, it is of a type that holds all exactly, and an export gives them
+    their own back. `allow_non_finite`: take NaN and infinite weights. `report` gets progress and
+    warnings. Peak memory: about three times the largest weight, besides what the system maps of the
+    shards.
 
     Raises:
         CheckpointError: for input that cannot be converted; then `output` is as it was before.
@@ -190,14 +236,24 @@ def convert_from_hf(
         f"{hf_folder}: the weights do not fit config.json",
         "copy the folder again, or mend config.json",
     )
-    dtype = _import_dtype([weights.specs[name].dtype for name in expected], report)
+    check_vocabulary(hf_folder, source.model.vocab_size)
+    specs = [_import_spec(entry, weights, dtype) for entry in table]
+    by_name = {spec.name: spec for spec in specs}
     entries = {entry.ours: entry for entry in table}
     left = Counter(weights.shard_of[name] for name in expected)
     num_shards = len(left)
 
     def load(key: str) -> torch.Tensor:
         entry = entries[key]
-        weight = entry.to_ours([weights.load(name).to(dtype) for name in entry.theirs])
+        wide = by_name[key].dtype
+        weight = entry.to_ours(
+            [
+                convert_weight(
+                    weights.load(name), TensorSpec(name, s, wide), str(hf_folder), allow_non_finite
+                )
+                for name, s in zip(entry.theirs, entry.their_shapes)
+            ]
+        )
         for shard in (weights.shard_of[name] for name in entry.theirs):
             left[shard] -= 1
             if not left[shard]:
@@ -208,14 +264,21 @@ def convert_from_hf(
     with new_folder(output, overwrite) as staging:
         step_folder = staging / step_folder_name(0)
         step_folder.mkdir()
-        specs = [TensorSpec(entry.ours, entry.shape, dtype) for entry in table]
         write_torch_dist(step_folder, specs, load)
         write_travelling(step_folder, read_travelling(hf_folder, None))
         if not has_tokenizer(hf_folder):
             report(f"warning: {hf_folder} holds no tokenizer; the checkpoint will have none")
         ids = asdict(read_vocabulary_ids(hf_folder))
-        write_source(step_folder, HfSource(read_json(hf_folder / CONFIG_NAME), ids))
-        write_info(step_folder, _import_info(source, dtype))
+        narrower = {
+            name: dtype_name(weights.specs[name].dtype)
+            for entry in table
+            for name in entry.theirs
+            if dtype == KEEP and weights.specs[name].dtype != by_name[entry.ours].dtype
+        }
+        config = read_json(hf_folder / CONFIG_NAME)
+        write_source(step_folder, HfSource(config, ids, narrower))
+        widest = functools.reduce(torch.promote_types, {spec.dtype for spec in specs})
+        write_info(step_folder, _import_info(source, widest))
         write_latest(staging, step_folder.name)
 
 
@@ -255,10 +318,8 @@ def _is_droppable(name: str, weights: SafetensorsFolder, source: HfModel) -> boo
     return True
 
 
-def _import_dtype(dtypes: list[torch.dtype], report: Report) -> torch.dtype:
-    if all(dtype == torch.bfloat16 for dtype in dtypes):
-        return torch.bfloat16
-    others = sorted({dtype_name(dtype) for dtype in dtypes} - {"float32"})
-    if others:
-        report(f"note: {', '.join(others)} weights are stored as float32, which holds them exactly")
-    return torch.float32
+def _import_spec(entry: WeightEntry, weights: SafetensorsFolder, dtype: str) -> TensorSpec:
+    """Shape and type that a weight is stored in."""
+    theirs = {weights.specs[name].dtype for name in entry.theirs}
+    wide = functools.reduce(torch.promote_types, theirs)
+    return TensorSpec(entry.ours, entry.shape, DTYPES.get(dtype, wide))

@@ -23,6 +23,7 @@ SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+DTYPES_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPE_NAMES}
 # Shards kept open while reading: the two around a border.
 MAX_OPEN_SHARDS = 2
 
@@ -189,7 +190,8 @@ def plan_shards(groups: Sequence[Sequence[TensorSpec]], max_bytes: int) -> list[
             room = max_bytes
         shards[-1].append(number)
         room -= num_bytes
-    return [sorted(shard, key=lambda n: -groups[n][0].dtype.itemsize) for shard in shards]
+    widths = [max(spec.dtype.itemsize for spec in group) for group in groups]
+    return [sorted(shard, key=lambda n: -widths[n]) for shard in shards]
 
 
 def write_shards(

@@ -21,6 +21,8 @@ class HfSource:
     """`config.json`, as it was."""
     vocabulary_ids: dict[str, int | None] = field(default_factory=dict)
     """Ids of bos, eos and pad that the tokenizer's own files told."""
+    dtypes: dict[str, str] = field(default_factory=dict)
+    """Type of each weight that was stored as a wider one, since it became part of such a weight."""
 
 
 def write_source(step_folder: Path, source: HfSource) -> None:

@@ -59,7 +59,7 @@ def test_info_survives_the_file(checkpoint_dir):
         ({"has_optimizer": 1}, "has_optimizer = 1: Input should be a valid boolean"),
         ({"stage": -1}, "stage = -1: Input should be greater than or equal to 0"),
         ({"seq_length": 0}, "seq_length = 0: Input should be greater than or equal to 1"),
-        ({"dtype": "float16"}, "dtype = 'float16': String should match pattern"),
+        ({"dtype": "int8"}, "dtype = 'int8': String should match pattern"),
         ({"model": []}, "model = []: Input should be a valid dictionary"),
     ],
 )

@@ -156,25 +156,111 @@ def test_export_changes_type_when_asked(tmp_path, stored, wish, dtype):
     assert config["dtype"] == config["torch_dtype"] == str(dtype).removeprefix("torch.")
 
 
-def test_float16_becomes_float32_and_says_so(tmp_path):
-    save_hf(tmp_path / "hf", dtype=torch.float16)
-    lines = import_hf(tmp_path / "hf", tmp_path / "ckpt")
-    assert any("float16 weights are stored as float32" in line for line in lines)
-    export_hf(tmp_path / "ckpt", tmp_path / "again")
-    expected = {name: t.float() for name, t in load_folder(tmp_path / "hf").items()}
-    assert_same_tensors(load_folder(tmp_path / "again"), expected)
-
-
-def test_mixed_types_become_the_wider_one(tmp_path):
-    save_hf(tmp_path / "hf", dtype=torch.bfloat16)
-    path = tmp_path / "hf" / "model.safetensors"
-    tensors = {n: t.float() if "norm" in n else t for n, t in load_file(path).items()}
-    save_file(tensors, path)
+def assert_comes_back(tmp_path):
+    """Import and export give the same tensors and the declared type."""
     import_hf(tmp_path / "hf", tmp_path / "ckpt")
-    assert read_info(tmp_path / "ckpt" / "step_00000000").dtype == "float32"
     export_hf(tmp_path / "ckpt", tmp_path / "again")
-    expected = {name: t.float() for name, t in tensors.items()}
+    assert_same_tensors(load_folder(tmp_path / "again"), load_folder(tmp_path / "hf"))
+    for name in ("dtype", "torch_dtype"):
+        configs = [json.loads((tmp_path / n / "config.json").read_text()) for n in ("hf", "again")]
+        assert configs[1][name] == configs[0]["dtype"]
+
+
+def test_float16_stays(tmp_path):
+    save_hf(tmp_path / "hf", dtype=torch.float16)
+    assert_comes_back(tmp_path)
+
+
+def test_one_wide_norm_widens_nothing_else(tmp_path):
+    save_hf(tmp_path / "hf", dtype=torch.bfloat16)
+    change_tensors(tmp_path / "hf", lambda t: t.update({NORM: t[NORM].float() + 1e-7}))
+    assert_comes_back(tmp_path)
+    assert TorchDistReader(tmp_path / "ckpt/step_00000000").tensors()[
+        "model.embedding.word_embeddings.weight"
+    ].dtype == (torch.bfloat16)
+    assert read_info(tmp_path / "ckpt" / "step_00000000").dtype == "float32"
+
+
+def test_parts_of_one_weight_get_their_own_types_back(tmp_path):
+    save_hf(tmp_path / "hf", dtype=torch.bfloat16)
+    names = [f"model.layers.1.{n}_proj.weight" for n in ("self_attn.k", "self_attn.v", "mlp.up")]
+    types = (torch.float16, torch.float32, torch.float16)
+    change_tensors(
+        tmp_path / "hf", lambda t: t.update({n: t[n].to(d) for n, d in zip(names, types)})
+    )
+    assert_comes_back(tmp_path)
+
+
+@pytest.mark.parametrize("wish", ["bf16", "fp16", "fp32"])
+def test_import_changes_type_when_asked(tmp_path, wish):
+    save_hf(tmp_path / "hf", dtype=torch.float32)
+    import_hf(tmp_path / "hf", tmp_path / "ckpt", dtype=wish)
+    export_hf(tmp_path / "ckpt", tmp_path / "again")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[wish]
+    expected = {name: t.to(dtype) for name, t in load_folder(tmp_path / "hf").items()}
     assert_same_tensors(load_folder(tmp_path / "again"), expected)
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert config["dtype"] == str(dtype).removeprefix("torch.")
+    assert read_info(tmp_path / "ckpt" / "step_00000000").dtype == config["dtype"]
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_weights_are_refused_by_name(tmp_path, hf_folder, value):
+    name = "model.layers.2.mlp.up_proj.weight"
+    change_tensors(hf_folder, lambda t: t[name].view(-1)[7].fill_(value))
+    refused = pytest.raises(CheckpointError, match=rf"'{name}' holds NaN or infinite values")
+    with refused:
+        import_hf(hf_folder, tmp_path / "ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    import_hf(hf_folder, tmp_path / "ckpt", allow_non_finite=True)
+    with refused:
+        export_hf(tmp_path / "ckpt", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    export_hf(tmp_path / "ckpt", tmp_path / "again", allow_non_finite=True)
+    found = load_folder(tmp_path / "again")[name].view(-1)[7]
+    assert found.isnan() if value != value else found == value
+
+
+def test_values_too_large_for_the_type_asked_for_are_refused(tmp_path, hf_folder):
+    change_tensors(hf_folder, lambda t: t[NORM][3].fill_(7e4))
+    match = r"norm\.weight' holds values that are too large for float16, whose largest is 65504"
+    with pytest.raises(CheckpointError, match=match):
+        import_hf(hf_folder, tmp_path / "ckpt", dtype="fp16")
+    import_hf(hf_folder, tmp_path / "ckpt")
+    with pytest.raises(CheckpointError, match=match):
+        export_hf(tmp_path / "ckpt", tmp_path / "again", dtype="fp16")
+
+
+def add_word(folder):
+    """One more token than the model has rows."""
+    path = folder / "tokenizer.json"
+    tree = json.loads(path.read_text())
+    tree["added_tokens"].append({**tree["added_tokens"][0], "id": 53, "content": "<more>"})
+    path.write_text(json.dumps(tree))
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, hf_folder):
+    message = r"has ids up to 53, but the model's vocabulary has 53 tokens"
+    write_tokenizer(hf_folder)
+    import_hf(hf_folder, tmp_path / "ckpt")
+    add_word(hf_folder)
+    with pytest.raises(CheckpointError, match=message):
+        import_hf(hf_folder, tmp_path / "other")
+    with pytest.raises(CheckpointError, match=message):
+        export_hf(tmp_path / "ckpt", tmp_path / "again", tokenizer=hf_folder)
+    add_word(tmp_path / "ckpt" / "step_00000000" / "tokenizer")
+    with pytest.raises(CheckpointError, match=message):
+        export_hf(tmp_path / "ckpt", tmp_path / "again")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "hf"]
+
+
+def test_a_larger_sentencepiece_model_is_refused(tmp_path, hf_folder, tokenizer_files):
+    shutil.copyfile(tokenizer_files["sentencepiece"], hf_folder / "tokenizer.model")
+    with pytest.raises(CheckpointError, match=r"has ids up to \d+, but the model's vocabulary"):
+        import_hf(hf_folder, tmp_path / "ckpt")
 
 
 def test_tokenizer_travels_both_ways(tmp_path, hf_folder):

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from lclm.checkpoint.folder import read_info, resolve_step_folder
 from lclm.config_file import dump_toml
@@ -36,7 +38,11 @@ def test_ids_tokenizer_and_limits_go_through_runs(tmp_path: Path) -> None:
         num_hidden_layers=4,
         rms_norm_eps=1e-5,
         max_position_embeddings=32,
+        dtype=torch.float16,
     )
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"].float()
+    save_file(weights, folder / "model.safetensors")
     write_tokenizer(folder)
     edit_json(folder / "config.json", eos_token_id=[2, 7], pad_token_id=5, odd_key="x")
     edit_json(folder / "generation_config.json", eos_token_id=[2, 7, 9], max_length=32)
