@@ -29,7 +29,9 @@ def add_output(parser: argparse.ArgumentParser, metavar: str) -> None:
         "--output", type=Path, required=True, metavar=metavar, help="folder to write"
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace an output folder that is not empty"
+        "--overwrite",
+        action="store_true",
+        help="replace what an earlier call wrote to the output folder; other files stay",
     )
 
 

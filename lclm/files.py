@@ -6,6 +6,7 @@ one of them, under a lock, while the others wait.
 """
 
 import fcntl
+import glob
 import importlib
 import os
 import shutil
@@ -46,22 +47,88 @@ def replace_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def replace_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `target` that takes its name, as `move_folder`, on success.
+def replace_folder(target: Path, is_ours: Callable[[str], bool] | None = None) -> Iterator[Path]:
+    """Yield an empty folder that becomes `target`, or whose content does, on success.
 
-    On an exception the folder is removed and `target` stays as it was. Missing parents are made.
+    Where there is no `target` the folder lies beside it and takes its name; missing parents are
+    made. A target that is there and empty stays the folder that it is, since it may be a mount
+    point: the new folder lies in it and its content moves up, in the order in which it was written.
+    One that holds something is replaced as by `move_folder`, or, with `is_ours`, also stays, and
+    of its content only what is named so, or as something new, is replaced.
+
+    On an exception all is as it was. What killed processes left of other attempts is removed.
     """
     target = target.resolve()
-    temporary = _beside(target)
-    if temporary.exists():  # left by a killed process that had this process's number
-        shutil.rmtree(temporary)
+    remove_left(target)
+    is_kept = target.is_dir() and (is_ours is not None or not any(target.iterdir()))
+    temporary = _beside(target / target.name if is_kept else target)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        move_folder(temporary, target)
+        if is_kept:
+            _move_content(temporary, target, is_ours or (lambda name: False))
+        else:
+            move_folder(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def remove_left(target: Path) -> None:
+    """Remove what processes that are no more left beside or in `target` in place of it.
+
+    Processes are looked for on this machine: two machines must not write one target.
+    """
+    for folder in (target.parent, target):
+        for path in folder.glob(f"{glob.escape(target.name)}.tmp-*"):
+            number = path.name.rpartition("-")[2]
+            if path.is_dir() and number.isdigit() and not _is_other_process(int(number)):
+                shutil.rmtree(path)
+
+
+def _is_other_process(number: int) -> bool:
+    """Whether another process of that number runs; what has this one's was left by one before."""
+    if number == os.getpid():
+        return False
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
+
+
+def _move_content(source: Path, target: Path, is_ours: Callable[[str], bool]) -> None:
+    """Move the content of `source`, a folder in `target`, up; what it replaces is deleted last."""
+    old = target / f"{target.name}.old-{os.getpid()}"
+    new = sorted(source.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    names = {path.name for path in new}
+    left = f"{target.name}.old-"  # by a process that was killed at this
+    replaced = [
+        path
+        for path in target.iterdir()
+        if path != source
+        and (path.name in names or is_ours(path.name) or path.name.startswith(left))
+    ]
+    moves = [(path, old / path.name) for path in replaced]
+    moves += [(path, target / path.name) for path in new]
+    if replaced:
+        old.mkdir()
+    done: list[tuple[Path, Path]] = []
+    try:
+        for move in moves:
+            os.rename(*move)
+            done.append(move)
+    except OSError:
+        for start, end in reversed(done):
+            os.rename(end, start)
+        if replaced:
+            old.rmdir()
+        raise
+    if replaced:
+        shutil.rmtree(old)
+    source.rmdir()
 
 
 def move_folder(source: Path, target: Path) -> None:

@@ -86,6 +86,96 @@ def test_folder_is_replaced_whole(tmp_path):
     assert names(target) == ["new"] and names(target.parent) == ["folder"]
 
 
+def test_an_empty_folder_stays_the_folder_that_it_is(tmp_path, monkeypatch):
+    """It may be a mount point, which nothing can take the place of."""
+    target = tmp_path / "folder"
+    target.mkdir()
+    number, rename, order = target.stat().st_ino, os.rename, []
+
+    def rename_within(source, end):
+        if target in (Path(source), Path(end)):
+            raise OSError(16, "Device or resource busy")
+        order.append(Path(end).name)
+        rename(source, end)
+
+    monkeypatch.setattr(os, "rename", rename_within)
+    with replace_folder(target) as folder:
+        assert folder.parent == target  # on its file system
+        for count, name in enumerate("zam"):
+            (folder / name).write_text(name)
+            os.utime(folder / name, (count, count))
+    assert (names(target), order) == (["a", "m", "z"], ["z", "a", "m"])
+    assert target.stat().st_ino == number and names(tmp_path) == ["folder"]
+
+
+def test_only_what_is_ours_is_replaced(tmp_path):
+    target = tmp_path / "folder"
+    target.mkdir()
+    for name in ("mine", "ours-1", "ours-2", "same"):
+        (target / name).write_text("old")
+    (target / "folder.old-999999999").mkdir()  # of a process killed between two renames
+    number = target.stat().st_ino
+
+    def write(failure: type[BaseException] | None) -> None:
+        with replace_folder(target, lambda name: name.startswith("ours")) as folder:
+            for name in ("ours-2", "same"):
+                (folder / name).write_text("new")
+            if failure is not None:
+                raise failure
+
+    before = names(target)
+    with pytest.raises(KeyboardInterrupt):
+        write(KeyboardInterrupt)
+    assert names(target) == before and (target / "same").read_text() == "old"
+    write(None)
+    assert {p.name: p.read_text() for p in target.iterdir()} == {
+        "mine": "old",
+        "ours-2": "new",
+        "same": "new",
+    }
+    assert target.stat().st_ino == number
+
+
+def test_what_was_there_comes_back_where_a_rename_fails(tmp_path, monkeypatch):
+    target, rename = tmp_path / "folder", os.rename
+    target.mkdir()
+    for name in ("a", "b"):
+        (target / name).write_text("old")
+
+    def fail_at_last(source, end):
+        if Path(end) == target / "b" and Path(source).read_text() == "new":
+            raise OSError(28, "No space left on device")
+        rename(source, end)
+
+    monkeypatch.setattr(os, "rename", fail_at_last)
+
+    def write() -> None:
+        with replace_folder(target, lambda name: True) as folder:
+            for count, name in enumerate("ab"):
+                (folder / name).write_text("new")
+                os.utime(folder / name, (count, count))
+
+    with pytest.raises(OSError, match="No space"):
+        write()
+    assert {p.name: p.read_text() for p in target.iterdir()} == {"a": "old", "b": "old"}
+
+
+def test_what_dead_processes_left_is_removed_and_what_others_write_stays(tmp_path):
+    target = tmp_path / "folder"
+    target.mkdir()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = [f"folder.tmp-{dead.pid}", f"folder.tmp-{os.getpid()}"]
+    kept = [f"folder.tmp-{os.getppid()}", "folder.tmp-x", f"other.tmp-{dead.pid}"]
+    for name in left + kept:
+        (tmp_path / name).mkdir()
+    (target / left[0]).mkdir()
+    with replace_folder(target) as folder:
+        (folder / "new").write_text("x")
+    assert names(target) == ["new"]
+    assert names(tmp_path) == sorted(["folder", *kept])
+
+
 def test_folder_left_by_a_killed_process_is_not_taken(tmp_path):
     left = tmp_path / f"folder.tmp-{os.getpid()}"
     left.mkdir()

@@ -9,7 +9,7 @@ No torch here, so that any tool can look at a checkpoint.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lclm.config import ModelConfig
 from lclm.config_file import explain
-from lclm.files import replace_folder, replace_text
+from lclm.files import remove_left, replace_folder, replace_text
 
 INFO_NAME = "lclm.json"
 LATEST_NAME = "latest"
@@ -206,10 +206,13 @@ def write_latest(checkpoint_dir: str | Path, step_folder: str) -> None:
 
 
 @contextmanager
-def new_folder(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty folder beside `target` that takes its name when the block succeeds.
+def new_folder(
+    target: str | Path, overwrite: bool = False, is_ours: Callable[[str], bool] | None = None
+) -> Iterator[Path]:
+    """Yield an empty folder that becomes `target`, or whose content does, if the block succeeds.
 
-    All else as `lclm.files.replace_folder`.
+    All else as `lclm.files.replace_folder`: with `is_ours`, overwriting removes only what is named
+    so, or as something new.
 
     Raises:
         CheckpointError: if target is a file, or holds something and `overwrite` is false.
@@ -217,12 +220,13 @@ def new_folder(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
     target = Path(target).resolve()
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"output {target}: is a file; give the name of a folder")
+    remove_left(target)
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise CheckpointError(
             f"output {target}: exists and is not empty; give another folder, or --overwrite to "
-            "replace it"
+            "replace what was written there"
         )
-    with replace_folder(target) as staging:
+    with replace_folder(target, is_ours) as staging:
         yield staging
 
 

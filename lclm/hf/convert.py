@@ -18,6 +18,7 @@ import torch
 from lclm import __version__
 from lclm.checkpoint.folder import (
     FORMAT_VERSION,
+    LATEST_NAME,
     MODEL_PREFIX,
     TOKENIZER_FOLDER,
     CheckpointError,
@@ -32,8 +33,10 @@ from lclm.checkpoint.folder import (
     write_latest,
 )
 from lclm.checkpoint.tokenizer_files import (
+    CHAT_TEMPLATES,
     COMPANION_NAMES,
     GENERATION_CONFIG_NAME,
+    VOCABULARY_NAMES,
     has_tokenizer,
     read_token_ids,
     read_travelling,
@@ -57,6 +60,7 @@ from lclm.hf.safetensors_folder import (
     SafetensorsFolder,
     TensorSpec,
     check_names_and_shapes,
+    is_weight_file,
     write_shards,
 )
 from lclm.hf.source import HfSource, merge_ids, read_source, write_source
@@ -145,7 +149,7 @@ def convert_to_hf(
             for part, spec in zip(parts, groups[number])
         ]
 
-    with new_folder(output, overwrite) as staging:
+    with new_folder(output, overwrite, _is_exported) as staging:
         write_shards(staging, groups, load_group, max_shard_bytes, report)
         write_travelling(staging, _tokenizer_files(step_folder, tokenizer))
         if not has_tokenizer(staging):
@@ -155,6 +159,16 @@ def convert_to_hf(
         _write_configs(staging, hf_model, declared, source)
         if info.has_optimizer:  # trained here: an import says of itself what it said
             raise_limits(staging, info.context_limit, report)
+
+
+def _is_exported(name: str) -> bool:
+    """Whether a file or folder of that name is what an export writes."""
+    names = {CONFIG_NAME, CHAT_TEMPLATES, *VOCABULARY_NAMES, *COMPANION_NAMES}
+    return name in names or is_weight_file(name)
+
+
+def _is_imported(name: str) -> bool:
+    return name in (LATEST_NAME, step_folder_name(0))
 
 
 def _declared_dtype(dtypes: set[torch.dtype], source: HfSource | None) -> str:
@@ -261,7 +275,7 @@ def convert_from_hf(
                 report(f"shard {num_done} of {num_shards}: {shard} converted")
         return weight
 
-    with new_folder(output, overwrite) as staging:
+    with new_folder(output, overwrite, _is_imported) as staging:
         step_folder = staging / step_folder_name(0)
         step_folder.mkdir()
         write_torch_dist(step_folder, specs, load)

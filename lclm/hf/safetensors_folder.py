@@ -7,6 +7,7 @@ length, JSON header padded with spaces, data without gaps).
 
 import json
 import os
+import re
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,12 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 DTYPES_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPE_NAMES}
 # Shards kept open while reading: the two around a border.
 MAX_OPEN_SHARDS = 2
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether `write_shards` may have written a file of that name."""
+    shard = r"model-\d{5}-of-\d{5}\.safetensors"
+    return name in (SINGLE_NAME, INDEX_NAME) or re.fullmatch(shard, name) is not None
 
 
 @dataclass(frozen=True)

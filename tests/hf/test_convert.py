@@ -424,10 +424,41 @@ def test_outputs_are_kept_safe(tmp_path, hf_folder, checkpoint):
             convert(source, output)
         assert (output / "mine").read_text() == "x"
         convert(source, output, overwrite=True)
-        assert not (output / "mine").exists() and any(output.iterdir())
+        assert (output / "mine").read_text() == "x"
         for bad in (source, source.parent):
             with pytest.raises(ValueError, match=r"(is|holds) the input"):
                 convert(source, bad, overwrite=True)
+
+
+def test_overwriting_leaves_nothing_of_the_old_export(tmp_path, hf_folder, checkpoint):
+    again = tmp_path / "again"
+    write_tokenizer(checkpoint / "step_00000000" / "tokenizer")
+    export_hf(checkpoint, again, max_shard_bytes=20_000)
+    (again / "README.md").write_text("mine")
+    (again / "tokenizer.model").write_text("x")  # would be read beside the new tokenizer.json
+    export_hf(checkpoint, again, overwrite=True)
+    export_hf(checkpoint, tmp_path / "new")
+    names = {path.name for path in again.iterdir()}
+    assert names == {path.name for path in (tmp_path / "new").iterdir()} | {"README.md"}
+    assert (again / "README.md").read_text() == "mine"
+
+
+def test_overwriting_an_import_leaves_other_steps(tmp_path, hf_folder, checkpoint):
+    (checkpoint / "step_00000012").mkdir()
+    (checkpoint / "latest").write_text("step_00000012\n")
+    import_hf(hf_folder, checkpoint, overwrite=True)
+    assert resolve_step_folder(checkpoint).name == "step_00000000"
+    assert (checkpoint / "step_00000012").is_dir()
+
+
+def test_a_folder_that_is_there_stays_the_same_folder(tmp_path, hf_folder, checkpoint):
+    for convert, source in ((import_hf, hf_folder), (export_hf, checkpoint)):
+        output = tmp_path / f"out-{convert.__name__}"
+        output.mkdir()
+        number = output.stat().st_ino
+        for overwrite in (False, True):
+            convert(source, output, overwrite=overwrite)
+            assert output.stat().st_ino == number and len(list(output.iterdir())) > 1
 
 
 def test_failed_export_leaves_the_old_output(tmp_path, hf_folder, checkpoint):
