@@ -10,6 +10,7 @@ import glob
 import importlib
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -165,17 +166,19 @@ def refuse_overwriting(
         reads_folders: every file of an input folder is input, so nothing may be written there.
     """
     outputs = list(outputs)
-    by_id = {_file_id(path): path for path in outputs if path.exists()}
+    by_id = {_file_id(path.stat()): path for path in outputs if path.exists()}
     around = {parent: path for path in outputs for parent in path.resolve().parents}
     has_folders = any(path.is_dir() for path in by_id.values())
     for path in inputs:
-        if not path.exists():
+        try:
+            status = path.stat()
+        except FileNotFoundError:
             continue
-        taken, what = by_id.get(_file_id(path)), "is"
+        taken, what = by_id.get(_file_id(status)), "is"
         if taken is None and has_folders:
-            parents = map(_file_id, path.resolve().parents)
-            taken, what = next(filter(None, map(by_id.get, parents)), None), "holds"
-        if taken is None and reads_folders and path.is_dir():
+            above = (_file_id(parent.stat()) for parent in path.resolve().parents)
+            taken, what = next(filter(None, map(by_id.get, above)), None), "holds"
+        if taken is None and reads_folders and stat.S_ISDIR(status.st_mode):
             taken, what = around.get(path.resolve()), "lies in"
         if taken is not None:
             raise ValueError(
@@ -184,8 +187,7 @@ def refuse_overwriting(
             )
 
 
-def _file_id(path: Path) -> tuple[int, int]:
-    status = path.stat()
+def _file_id(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 

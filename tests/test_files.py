@@ -266,3 +266,11 @@ def test_an_output_that_is_an_input_is_refused(tmp_path):
     for output in (folder / "c.json", tmp_path / "linked" / "deep" / "c.json"):
         with pytest.raises(ValueError, match=r"c.json: lies in the input .*in"):
             refuse_overwriting([output], [folder], reads_folders=True)
+
+
+def test_a_link_to_a_file_in_an_output_folder_is_an_input_there(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.json").write_text("x")
+    (tmp_path / "link.json").symlink_to("out/a.json")
+    with pytest.raises(ValueError, match=r"out: holds the input .*link\.json"):
+        refuse_overwriting([tmp_path / "out"], [tmp_path / "link.json"])

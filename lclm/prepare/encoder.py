@@ -98,7 +98,8 @@ def encode_sources(
     prefixes = [output_prefix] if len(keys) == 1 else [f"{output_prefix}_{key}" for key in keys]
     job = _Job(sources, tokenizer, options, block_bytes)
     work_folder = Path(f"{output_prefix}.unfinished")
-    check_outputs([work_folder, *itertools.chain(*map(prefix_files, prefixes))], sources, tokenizer)
+    check_outputs([*itertools.chain(*map(prefix_files, prefixes))], sources, tokenizer)
+    refuse_overwriting([work_folder], [source.path for source in sources])
     described = _describe_options(options, group_by)
     num_columns = len(column_dtypes(options, tokenizer.vocab_size))
     state = _worker_state(tokenizer, options)
