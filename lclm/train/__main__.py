@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 from lclm.command_line import make_parser, run_tool
@@ -61,16 +61,14 @@ def run(options: argparse.Namespace) -> None:
 
     mesh = build_mesh(config)
     from lclm.train.loop import Run
-    from lclm.train.run_folder import RunFolder
+    from lclm.train.run_folder import hold_run_folder
     from lclm.train.start import check_unchanged, find_start
 
     folder = Path(config.run.dir)
     start = agree(lambda: find_start(config))
     with ExitStack() as stack:
-        if mesh.rank == 0:
-            agree(lambda: stack.enter_context(RunFolder(folder)))
-        else:
-            agree(lambda: None)
+        hold = hold_run_folder(folder) if mesh.rank == 0 else nullcontext()
+        agree(lambda: stack.enter_context(hold))
         agree(lambda: check_unchanged(config, start))
         planned = agree(lambda: plan_stages(config, folder / "plans"))
         Run(config, mesh, planned, start).train()

@@ -14,7 +14,7 @@ from lclm.checkpoint.folder import read_info
 from lclm.config import ConfigError
 from lclm.config_file import load_config
 from lclm.data.indexed import IndexedWriter
-from lclm.train.run_folder import LOCK_NAME, RunFolder
+from lclm.train.run_folder import LOCK_NAME, hold_run_folder
 from lclm.train.stages import plan_stages
 from tests.distributed import run_distributed
 from tests.train.runs import Ended, read_records, run_calls, steps_of, write_run_file
@@ -122,17 +122,18 @@ def test_a_folder_serves_one_run_at_a_time(
     monkeypatch.setattr(logging.getLogger("lclm"), "propagate", True)
     run_dir = run_file.parent / "locked"
     holder = f'{{"host": "{socket.gethostname()}", "pid": {os.getpid()}}}'
-    with RunFolder(run_dir):
+    with hold_run_folder(run_dir):
         assert (run_dir / LOCK_NAME).read_text() == holder
-        with pytest.raises(ConfigError, match=re.escape(f"is in use by the run {holder}")):
-            RunFolder(run_dir)
+        message = re.escape(f"is in use by the run {holder}")
+        with pytest.raises(ConfigError, match=message), hold_run_folder(run_dir):
+            pass
         (ended,) = call([str(run_file), f"run.dir={run_dir}"])
         assert ended.code == 2 and f"is in use by the run {holder}" in ended.said
     assert (run_dir / LOCK_NAME).read_text() == ""
     assert not caplog.records
     # a dead process holds no lock, but its name stays
     (run_dir / LOCK_NAME).write_text('{"host": "far", "pid": 7}')
-    with RunFolder(run_dir):
+    with hold_run_folder(run_dir):
         assert (run_dir / LOCK_NAME).read_text() == holder
     assert 'its run {"host": "far", "pid": 7} ended without a word; taken over' in caplog.text
 
