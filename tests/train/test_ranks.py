@@ -81,7 +81,7 @@ def test_a_rank_ends_with_torchrun_but_outlives_a_shell(tmp_path: Path, is_torch
             os.kill(rank, signal.SIGKILL)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_torchruns_ranks_end_with_it(tmp_path: Path) -> None:
     (tmp_path / "rank.py").write_text(RANK.replace("sys.argv[1]", "f'{sys.argv[1]}{os.getpid()}'")
                                       .replace("import ", "import os, ", 1))  # fmt: skip
