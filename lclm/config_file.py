@@ -6,7 +6,7 @@ An unknown field is an error that suggests the nearest name.
 import difflib
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,16 @@ from pydantic_core import ErrorDetails
 from lclm.config import Config, ConfigError, check_config
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    complete: Callable[[dict[str, Any]], None] | None = None,
+) -> Config:
     """Read a TOML file, apply `key.path=value` overrides, check it and return it.
 
     A value is read as TOML (`8`, `1e-5`, `true`, `[1, 2]`); what TOML cannot read is text.
-    Lists are addressed by number: `stage.0.seq_length=65536`.
+    Lists are addressed by number: `stage.0.seq_length=65536`. `complete` may put into the tree,
+    before it is checked, what another file says.
 
     Raises:
         ConfigError: with field, value, rule and remedy.
@@ -34,6 +39,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"config: {path} is not valid TOML: {error}") from error
     for override in overrides:
         _apply_override(tree, override)
+    if complete is not None:
+        complete(tree)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:

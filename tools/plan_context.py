@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lclm.checkpoint.folder import complete_model
 from lclm.command_line import make_parser, run_tool
 from lclm.config_file import load_config
 from lclm.context.plan.cost import (
@@ -107,7 +108,7 @@ def rows_of_histogram(options: argparse.Namespace) -> dict[str, list[np.ndarray]
 
 def rows_of_config(options: argparse.Namespace) -> tuple[dict[str, list[np.ndarray]], CostModel]:
     """Rows of every stage by title, and the cost of the configuration's attention."""
-    config = load_config(options.config, options.overrides)
+    config = load_config(options.config, options.overrides, complete_model)
     if options.cp is None:
         options.cp = [config.parallel.cp]
     rows = {}

@@ -185,6 +185,23 @@ def check_architecture(folder: Path, info: CheckpointInfo, config_model: ModelCo
         )
 
 
+def complete_model(tree: dict[str, Any]) -> None:
+    """Put the sizes that `[model]` leaves out into a configuration, from its `init_from`.
+
+    Nothing is put where every field without a default is there: then `[model]` is meant as it is.
+
+    Args:
+        tree: the configuration as it was read, not checked yet.
+
+    Raises:
+        CheckpointError: `init_from` is no checkpoint.
+    """
+    model = tree.get("model")
+    needed = {name for name, field in ModelConfig.model_fields.items() if field.is_required()}
+    if isinstance(model, dict) and model.get("init_from") and needed - model.keys():
+        tree["model"] = read_info(resolve_step_folder(str(model["init_from"]))).model | model
+
+
 def write_info(step_folder: str | Path, info: CheckpointInfo) -> None:
     """Write `lclm.json` atomically."""
     replace_text(Path(step_folder) / INFO_NAME, json.dumps(info.model_dump(), indent=2) + "\n")

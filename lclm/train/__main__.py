@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
+from lclm.checkpoint.folder import complete_model
 from lclm.command_line import make_parser, run_tool
 from lclm.config import Config
 from lclm.config_file import load_config
@@ -52,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
         ValueError: the user's input cannot be run.
         ToolFailedError: the run had to stop.
     """
-    config = load_config(options.config, options.overrides)
+    config = load_config(options.config, options.overrides, complete_model)
     if options.dry_run:
         dry_run(config, options.world_size or int(os.environ.get("WORLD_SIZE", "1")))
         return

@@ -68,6 +68,32 @@ def test_a_dry_run_refuses_what_a_start_refuses(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_that_is_left_out_is_that_of_the_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefix, weights = write(tmp_path / "a", None), tmp_path / "weights"
+    config = config_of(tmp_path, prefix)
+    weights.mkdir()
+    write_info(weights, checkpoint_info(model=config.model.recorded_fields(), rope_base=1e4))
+    dump = dump_toml(config).replace('init_from = ""\n', "")
+    lines = dump.split("[model]\n")[1].split("\n\n")[0]
+
+    def dry_run_with(model: str) -> tuple[int, str]:
+        (tmp_path / "run.toml").write_text(dump.replace(lines, model))
+        status = main([str(tmp_path / "run.toml"), "--dry-run"])
+        said = capsys.readouterr()
+        return status, said.out + said.err
+
+    status, whole = dry_run_with(lines + f'\ninit_from = "{weights}"')
+    assert status == 0 and dry_run_with(f'init_from = "{weights}"') == (0, whole)
+    other = dry_run_with(f'init_from = "{weights}"\nnum_kv_heads = 4')
+    assert other[0] == 2 and "is of another architecture: num_kv_heads" in other[1]
+    status, said = dry_run_with("")
+    assert status == 2 and "model.num_layers: missing" in said
+    status, said = dry_run_with('init_from = "absent"')
+    assert status == 2 and "checkpoint absent: no such folder" in said
+
+
 def test_a_dry_run_says_where_it_starts_and_which_step_is_for_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
