@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from lclm.command_line import add_output, make_parser, run_tool
-from lclm.hf.convert import add_weight_options, convert_from_hf
+from lclm.hf.convert import OS_ERROR_NOTE, add_weight_options, convert_from_hf
 
 EPILOG = """\
 The checkpoint folder holds `latest` and step_00000000 with the weights, lclm.json and the tokenizer
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool and return its exit status."""
     options = build_parser().parse_args(arguments)
-    return run_tool("convert_from_hf", run, options, has_log=False)
+    return run_tool("convert_from_hf", run, options, has_log=False, os_error_note=OS_ERROR_NOTE)
 
 
 if __name__ == "__main__":

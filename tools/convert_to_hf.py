@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from lclm.command_line import add_output, make_parser, run_tool
-from lclm.hf.convert import DEFAULT_SHARD_BYTES, add_weight_options, convert_to_hf
+from lclm.hf.convert import DEFAULT_SHARD_BYTES, OS_ERROR_NOTE, add_weight_options, convert_to_hf
 
 EPILOG = """\
 The folder holds the weights (safetensors, streamed: memory stays at about one tensor), config.json,
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool and return its exit status."""
     options = build_parser().parse_args(arguments)
-    return run_tool("convert_to_hf", run, options, has_log=False)
+    return run_tool("convert_to_hf", run, options, has_log=False, os_error_note=OS_ERROR_NOTE)
 
 
 if __name__ == "__main__":

@@ -128,6 +128,11 @@ def resolve_step_folder(path: str | Path) -> Path:
     if (path / INFO_NAME).is_file():
         return path
     latest = path / LATEST_NAME
+    if not latest.is_file() and (path / "config.json").is_file():
+        raise CheckpointError(
+            f"checkpoint {path}: is a Hugging Face folder; import it with "
+            "tools/convert_from_hf.py and give what that writes"
+        )
     if not latest.is_file():
         raise CheckpointError(
             f"checkpoint {path}: holds neither {INFO_NAME} (a step folder) nor {LATEST_NAME} "

@@ -7,6 +7,7 @@ theirs -> ours -> theirs gives the same tensors.
 import argparse
 import functools
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
@@ -67,6 +68,8 @@ from lclm.hf.source import HfSource, merge_ids, read_source, write_source
 from lclm.hf.torch_dist import TorchDistReader, write_torch_dist
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
+OS_ERROR_NOTE = "; nothing was written: see that the disk has room, and start again"
+ADAPTER_NAME = "adapter_config.json"
 KEEP = "keep"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_CHOICES = (KEEP, *DTYPES)
@@ -112,6 +115,37 @@ def convert_to_hf(
         CheckpointError: for input that cannot be converted; then `output` is as it was before.
     """
     step_folder = resolve_step_folder(checkpoint)
+    try:
+        _export(
+            step_folder,
+            output,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            max_shard_bytes=max_shard_bytes,
+            overwrite=overwrite,
+            allow_non_finite=allow_non_finite,
+            report=report,
+        )
+    except FileNotFoundError as error:
+        if step_folder.resolve() not in Path(error.filename or "").resolve().parents:
+            raise
+        raise CheckpointError(
+            f"checkpoint {step_folder}: was deleted while it was exported ({error.filename} is "
+            "gone), as a run deletes its old steps; export a later one, or raise checkpoint.keep"
+        ) from error
+
+
+def _export(
+    step_folder: Path,
+    output: Path,
+    *,
+    dtype: str,
+    tokenizer: Path | None,
+    max_shard_bytes: int,
+    overwrite: bool,
+    allow_non_finite: bool,
+    report: Report,
+) -> None:
     refuse_overwriting([output], [step_folder, *([tokenizer] if tokenizer else [])])
     info = read_info(step_folder)
     where = str(step_folder)
@@ -237,8 +271,7 @@ def convert_from_hf(
     Raises:
         CheckpointError: for input that cannot be converted; then `output` is as it was before.
     """
-    if not hf_folder.is_dir():
-        raise CheckpointError(f"Hugging Face folder {hf_folder}: no such folder")
+    _check_is_model(hf_folder)
     refuse_overwriting([output], [hf_folder])
     source = read_hf_config(hf_folder)
     weights = SafetensorsFolder(hf_folder)
@@ -294,6 +327,21 @@ def convert_from_hf(
         widest = functools.reduce(torch.promote_types, {spec.dtype for spec in specs})
         write_info(step_folder, _import_info(source, widest))
         write_latest(staging, step_folder.name)
+
+
+def _check_is_model(hf_folder: Path) -> None:
+    where = f"Hugging Face folder {hf_folder}"
+    if not hf_folder.is_dir():
+        remedy = "give the folder of a model"
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(hf_folder)):
+            remedy = f"download a model of the hub first: hf download {hf_folder} --local-dir DIR"
+        raise CheckpointError(f"{where}: no such folder; {remedy}")
+    if (hf_folder / ADAPTER_NAME).is_file():
+        raise CheckpointError(
+            f"{where}: holds {ADAPTER_NAME}, so its weights are an adapter (LoRA), or transformers "
+            "adds one to them; merge it into its base model (peft: merge_and_unload) and give the "
+            "merged model's folder"
+        )
 
 
 def _import_info(source: HfModel, dtype: torch.dtype) -> CheckpointInfo:

@@ -10,7 +10,7 @@ import json
 import pickle
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint import (
@@ -19,12 +19,12 @@ from torch.distributed.checkpoint import (
     FileSystemReader,
     FileSystemWriter,
 )
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
+from lclm.checkpoint.data_files import read_metadata
 from lclm.checkpoint.folder import CheckpointError
 from lclm.hf.safetensors_folder import TensorSpec
 
-METADATA_NAME = ".metadata"
 FORMAT_NAME = "metadata.json"
 COMMON_NAME = "common.pt"
 # megatron.core.dist_checkpointing.core.CheckpointingConfig
@@ -34,44 +34,6 @@ FORMAT_FIELDS = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Reads `.metadata`, a pickle, without running code that somebody put into it.
-
-    Only the classes of torch.distributed.checkpoint, and the few values that their fields hold,
-    are looked up. Megatron adds no class of its own to this file.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" or module.startswith("torch.distributed.checkpoint."):
-            value = super().find_class(module, name)
-            is_known_class = isinstance(value, type) and module != "torch"
-            if is_known_class or value is torch.Size or isinstance(value, torch.dtype):
-                return value
-        elif (module, name) in {
-            ("torch.serialization", "_get_layout"),
-            ("pathlib", "PosixPath"),
-            ("pathlib._local", "PosixPath"),  # Python 3.13
-            ("collections", "OrderedDict"),
-        }:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"'{module}.{name}' does not belong into this file")
-
-
-def _read_metadata(folder: Path) -> Metadata:
-    path = folder / METADATA_NAME
-    remedy = "give a step folder written by lclm or Megatron in the torch_dist format"
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {folder}: has no {METADATA_NAME}; {remedy}")
-    try:
-        with path.open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, TypeError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}; {remedy}") from error
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise CheckpointError(f"{path}: is not the index of a distributed checkpoint; {remedy}")
-    return metadata
 
 
 class TorchDistReader:
@@ -85,25 +47,10 @@ class TorchDistReader:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._metadata = _read_metadata(self.folder)
+        self._metadata = read_metadata(self.folder)
         self._storage = FileSystemReader(self.folder)
         # No collectives and no coordinator: this process reads alone.
         self._storage.set_up_storage_reader(self._metadata, True)
-        self._check_files()
-
-    def _check_files(self) -> None:
-        needed: dict[str, int] = {}
-        for stored in cast(dict[MetadataIndex, Any], self._metadata.storage_data).values():
-            end = stored.offset + stored.length
-            needed[stored.relative_path] = max(needed.get(stored.relative_path, 0), end)
-        for name, num_bytes in sorted(needed.items()):
-            path = self.folder / name
-            if not path.is_file() or path.stat().st_size < num_bytes:
-                found = f"{path.stat().st_size} bytes" if path.is_file() else "absent"
-                raise CheckpointError(
-                    f"{path}: {found}, but {METADATA_NAME} counts on {num_bytes} bytes; "
-                    "the checkpoint is incomplete: copy it again, or use another step"
-                )
 
     def tensors(self) -> dict[str, TensorSpec]:
         """Global shape and type of every tensor, by key; objects of other kinds are left out."""
@@ -169,8 +116,22 @@ def write_torch_dist(
 
     Raises:
         CheckpointError: if `load` returns another shape or type than `tensors` says.
+        OSError: the disk is full, say.
     """
-    folder = Path(folder)
+    try:
+        _write(Path(folder), tensors, load)
+    except RuntimeError as error:  # what torch's writer says when a file cannot be finished
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise cause from error
+
+
+def _write(
+    folder: Path, tensors: Iterable[TensorSpec], load: Callable[[str], torch.Tensor]
+) -> None:
     # One file for everything would be smaller in number, but torch keeps all tensors of a file
     # until that file is closed.
     writer = FileSystemWriter(folder, single_file_per_rank=False, thread_count=1)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lclm.checkpoint.data_files import read_metadata
 from lclm.checkpoint.folder import (
     LATEST_NAME,
     CheckpointError,
@@ -49,8 +50,8 @@ def find_start(config: Config) -> Start:
 
     Raises:
         ConfigError: the vocabulary of the tokenizer or of a data file exceeds the model's.
-        CheckpointError: a checkpoint is required but missing, of another architecture, of a run
-            whose stages had other lengths, or trained on other rows (see `changes`).
+        CheckpointError: a checkpoint is required but missing or damaged, of another architecture,
+            of a run whose stages had other lengths, or trained on other rows (see `changes`).
         ValueError: a data file or the tokenizer cannot be read, or data files were written with
             different tokenizers.
     """
@@ -77,6 +78,8 @@ def find_start(config: Config) -> Start:
         check_architecture(folder, read_info(folder), config.model)
     travels = Path(config.data.tokenizer) if tokenizer is not None else None
     origin = checkpoint or weights
+    if origin is not None:
+        read_metadata(origin)
     limit = 0 if origin is None else read_info(origin).context_limit
     return Start(travels, checkpoint, weights, data, read_travelling(travels, origin), limit)
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -524,3 +525,67 @@ def test_broken_json_beside_the_weights_is_refused(tmp_path, hf_folder):
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: is not JSON"):
         export_hf(tmp_path / "ckpt", tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def test_a_step_deleted_during_its_export_is_named(tmp_path, checkpoint):
+    step_folder = checkpoint / "step_00000000"
+
+    def delete(line: str) -> None:
+        if line.startswith("shard 1 "):
+            shutil.rmtree(step_folder)
+
+    with pytest.raises(CheckpointError, match=r"step_00000000: was deleted while it was exported"):
+        convert_to_hf(checkpoint, tmp_path / "again", max_shard_bytes=20_000, report=delete)
+    assert not (tmp_path / "again").exists()
+
+
+def test_another_missing_file_is_not_called_a_deleted_step(tmp_path, checkpoint):
+    def delete(line: str) -> None:
+        shutil.rmtree(next(tmp_path.glob("again.tmp-*")))
+
+    with pytest.raises(FileNotFoundError):
+        convert_to_hf(checkpoint, tmp_path / "again", max_shard_bytes=20_000, report=delete)
+
+
+def test_input_that_is_no_model_is_answered_with_the_next_step(tmp_path, hf_folder):
+    for name, message in (
+        ("meta-llama/Llama-3.1-8B", "hf download meta-llama/Llama-3.1-8B --local-dir DIR"),
+        (str(tmp_path / "absent"), "no such folder; give the folder of a model"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            import_hf(Path(name), tmp_path / "ckpt")
+    with pytest.raises(CheckpointError, match="is a Hugging Face folder; import it with"):
+        export_hf(hf_folder, tmp_path / "again")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for folder in (adapter, hf_folder):  # transformers adds it to a whole model too
+        (folder / "adapter_config.json").write_text("{}")
+        with pytest.raises(CheckpointError, match=r"an adapter \(LoRA\).*merge_and_unload"):
+            import_hf(folder, tmp_path / "ckpt")
+
+
+@pytest.mark.parametrize("name", ["convert_from_hf", "convert_to_hf"])
+def test_a_full_disk_is_one_line(tmp_path, name):
+    save_hf(tmp_path / "hf", intermediate_size=4000)
+    import_hf(tmp_path / "hf", tmp_path / "ckpt")
+    sources = {"convert_from_hf": ["--hf-model", "hf"], "convert_to_hf": ["--checkpoint", "ckpt"]}
+    option, source = sources[name]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
+    done = subprocess.run(
+        [
+            sys.executable,
+            f"tools/{name}.py",
+            option,
+            tmp_path / source,
+            "--output",
+            tmp_path / "out",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=limit,
+    )
+    lines = [line for line in done.stderr.splitlines() if "Warn" not in line and "warn" not in line]
+    assert (done.returncode, len(lines)) == (1, 1), done.stderr
+    assert "File too large; nothing was written: see that the disk has room" in lines[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "hf"]
