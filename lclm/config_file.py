@@ -149,6 +149,11 @@ def dump_toml(config: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
+def dump_section(name: str, section: BaseModel) -> str:
+    """One section as TOML, every field written out."""
+    return "\n".join([f"[{name}]", *_toml_fields(section.model_dump(exclude_none=True))]) + "\n"
+
+
 def _toml_fields(section: dict[str, Any]) -> list[str]:
     return [f"{key} = {_toml_value(value)}" for key, value in section.items()]
 

@@ -10,8 +10,9 @@ from lclm.hf.convert import OS_ERROR_NOTE, add_weight_options, convert_from_hf
 
 EPILOG = """\
 The checkpoint folder holds `latest` and step_00000000 with the weights, lclm.json and the tokenizer
-files found beside the weights. Give it to a run as model.init_from. It loads at any tp, pp and cp,
-and appears under its name only when it is complete. Memory stays at a few tensors.
+files found beside the weights. Give it to a run as model.init_from; the [model] section for that is
+printed. It loads at any tp, pp and cp, and appears under its name only when it is complete. Every
+key of config.json is read, kept for the export, or refused by name. Memory stays at a few tensors.
 
 example:
   python tools/convert_from_hf.py --hf-model models/Llama-3-8B --output checkpoints/llama3-8b

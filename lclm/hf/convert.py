@@ -44,6 +44,7 @@ from lclm.checkpoint.tokenizer_files import (
     read_vocabulary_ids,
     write_travelling,
 )
+from lclm.config_file import dump_section
 from lclm.files import refuse_overwriting
 from lclm.hf.check import check_vocabulary, convert_weight
 from lclm.hf.config import (
@@ -327,6 +328,17 @@ def convert_from_hf(
         widest = functools.reduce(torch.promote_types, {spec.dtype for spec in specs})
         write_info(step_folder, _import_info(source, widest))
         write_latest(staging, step_folder.name)
+    report(describe_start(source, output))
+
+
+def describe_start(source: HfModel, checkpoint: Path) -> str:
+    """The `[model]` section of a run that starts from an import, as TOML to copy."""
+    model = source.model.model_copy(update={"init_from": str(checkpoint)})
+    return (
+        "\n# to start a run from it; its context is "
+        f"{source.seq_length} tokens with rope_base = {source.rope_base!r} in a [[stage]]\n"
+        + dump_section("model", model)
+    )
 
 
 def _check_is_model(hf_folder: Path) -> None:
