@@ -292,3 +292,14 @@ def test_nothing_is_left_for_later():
         if pattern.search(line)
     ]
     assert bad == []
+
+
+def test_the_architecture_page_names_every_module():
+    rows = [line.split("|") for line in (ROOT / "docs/architecture.md").read_text().splitlines()]
+    said = {
+        row[1].strip(" `"): set(re.findall(r"`(\w+)`", row[2])) for row in rows if len(row) == 4
+    }
+    for path in python_files("lclm"):
+        package = ".".join(path.relative_to(ROOT / "lclm").parts[:-1])
+        if package and not path.stem.startswith("__"):
+            assert path.stem in said[package], f"docs/architecture.md does not name {name_of(path)}"
