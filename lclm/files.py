@@ -57,12 +57,13 @@ def replace_folder(target: Path, is_ours: Callable[[str], bool] | None = None) -
     One that holds something is replaced as by `move_folder`, or, with `is_ours`, also stays, and
     of its content only what is named so, or as something new, is replaced.
 
-    On an exception all is as it was. What killed processes left of other attempts is removed.
+    On an exception all is as it was.
     """
     target = target.resolve()
-    remove_left(target)
     is_kept = target.is_dir() and (is_ours is not None or not any(target.iterdir()))
     temporary = _beside(target / target.name if is_kept else target)
+    if temporary.exists():  # left by a killed process that had this process's number
+        shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -76,10 +77,11 @@ def replace_folder(target: Path, is_ours: Callable[[str], bool] | None = None) -
 
 
 def remove_left(target: Path) -> None:
-    """Remove what processes that are no more left beside or in `target` in place of it.
+    """Remove what killed processes left of a `replace_folder(target)`, beside it or in it.
 
-    Processes are looked for on this machine: two machines must not write one target.
+    Processes are looked for on this machine, so this is for targets that no two machines write.
     """
+    target = target.resolve()
     for folder in (target.parent, target):
         for path in folder.glob(f"{glob.escape(target.name)}.tmp-*"):
             number = path.name.rpartition("-")[2]

@@ -71,6 +71,17 @@ def test_a_folder_that_is_there_stays_the_same_folder(tmp_path, hf_folder, check
             assert output.stat().st_ino == number and len(list(output.iterdir())) > 1
 
 
+def test_what_a_killed_conversion_left_is_removed(tmp_path, hf_folder, checkpoint):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for convert, source in ((import_hf, hf_folder), (export_hf, checkpoint)):
+        output = tmp_path / f"out-{convert.__name__}"
+        for folder in (tmp_path, output):  # beside a folder that was not there, in one that was
+            (folder / f"{output.name}.tmp-{dead.pid}" / "half").mkdir(parents=True)
+        convert(source, output)
+        assert not list(tmp_path.glob("**/*.tmp-*")) and any(output.iterdir())
+
+
 def test_failed_export_leaves_the_old_output(tmp_path, hf_folder, checkpoint):
     export_hf(checkpoint, tmp_path / "again")
     before = load_folder(tmp_path / "again")
