@@ -119,7 +119,7 @@ class Choices:
         """A place for output; now and then what is read, its folder, or a place in it."""
         if self.random.random() < 0.15 and self.read:
             path = Path(self.random.choice(self.read))
-            return str(self.random.choice([path, path.with_suffix(""), path.parent, path / "x"]))
+            return str(self.random.choice([path, path.parent / path.stem, path.parent, path / "x"]))
         return self.one_of("out", "out/x", "out/deep/x", "out/", "./out")
 
     def options(self, **makers: object) -> list[str]:
