@@ -86,3 +86,58 @@ def test_gigatoken_writes_what_the_ordinary_library_writes(path: Path, tmp_path:
         for number in range(3):
             assert tokenizer.decode(reader.read(number).tolist()) == texts[number]
     assert written[0] == written[1]
+
+
+MISTRAL_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}"
+    "{{ '[INST] ' + message.content + '[/INST]' }}"
+    "{% else %}{{ ' ' + message.content + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_mistral_conversations_are_those_of_its_own_library(tmp_path: Path) -> None:
+    from mistral_common.protocol.instruct.messages import AssistantMessage, UserMessage
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    (model,) = [path for path in MISTRAL if path.name.endswith(".v3")]
+    (tmp_path / "tokenizer.model").write_bytes(model.read_bytes())
+    names = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": MISTRAL_TEMPLATE}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    contents = ["Hello", "what is  7 x 6?", "42, \u56db\u5341\u4e8c\n\n\tof course", "\u00e9 then?"]
+    request = ChatCompletionRequest(
+        messages=[
+            UserMessage(content=contents[0]),
+            AssistantMessage(content=contents[1]),
+            UserMessage(content=contents[2]),
+        ]
+    )
+    theirs = MistralTokenizer.from_file(str(model)).encode_chat_completion(request)
+    messages = [
+        {"role": "user" if number % 2 == 0 else "assistant", "content": content}
+        for number, content in enumerate(contents)
+    ]
+    tokenizer = load_tokenizer(tmp_path)
+    chat = ChatTemplate(ChatOptions("tokenizer"), tokenizer)
+    ids, targets = chat.encode(check_conversation({"messages": messages}))
+    assert ids[: len(theirs.tokens)] == theirs.tokens, "up to the second answer"
+    assert ids[-1] == tokenizer.special_id("</s>") and targets[-1] == 1
+    said = tokenizer.decode([token for token, target in zip(ids, targets) if target])
+    assert said.split() == " ".join(contents[1::2]).split()
+
+
+def test_llama_3_template_gives_the_ids_of_its_own_library(tmp_path: Path) -> None:
+    from llama_models.datatypes import RawMessage
+    from llama_models.llama3.chat_format import ChatFormat
+    from llama_models.llama3.tokenizer import Tokenizer as Theirs
+
+    (tmp_path / "tokenizer.model").write_bytes(LLAMA3.read_bytes())
+    template = package_folder("trl") / "chat_templates" / "llama3.jinja"
+    (tmp_path / "chat_template.jinja").write_text(template.read_text(encoding="utf-8"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<|begin_of_text|>"}')
+    chat = ChatTemplate(ChatOptions("tokenizer"), load_tokenizer(tmp_path))
+    tokens, targets = chat.encode(check_conversation({"messages": TALK}))
+    theirs = ChatFormat(Theirs(LLAMA3)).encode_dialog_prompt([RawMessage(**turn) for turn in TALK])
+    assert tokens == theirs.tokens[: len(tokens)]
+    named = ChatTemplate(ChatOptions("llama3"), load_tokenizer(LLAMA3))
+    assert (tokens, targets) == named.encode(check_conversation({"messages": TALK}))
