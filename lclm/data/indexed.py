@@ -119,6 +119,14 @@ class IndexedReader:
         """Whether tokens count as targets by weights of their own (`read_weights`)."""
         return bool(self.weight_values)
 
+    @property
+    def weight_numbers(self) -> np.ndarray | None:
+        """uint8 [num_tokens], number of each token's weight in `weight_values`, if there are any.
+
+        As the file has them: in the order of its documents only where those follow one another.
+        """
+        return self._weights
+
     def check_dtype(self) -> None:
         """Raise ValueError unless the tokens are stored as metadata["vocab_size"] asks."""
         vocab_size = self.metadata["vocab_size"]
@@ -296,17 +304,33 @@ class IndexedWriter:
             )
         return weights.astype(np.uint8).tobytes()
 
-    def add_tokens(self, source: BinaryIO, num_bytes: int, lengths: np.ndarray) -> None:
+    def add_tokens(
+        self,
+        source: BinaryIO,
+        num_bytes: int,
+        lengths: np.ndarray,
+        weights: np.ndarray | None = None,
+    ) -> None:
         """Append documents whose tokens are the next num_bytes of source, already in `self.dtype`.
 
+        Args:
+            source: where it is to be read from.
+            num_bytes: of all tokens.
+            lengths: tokens of every document, 0 for one without.
+            weights: as of `add_document`, of all tokens.
+
         Raises:
-            ValueError: num_bytes are not the sum of lengths, or source ends too early.
+            ValueError: num_bytes are not the sum of lengths, source ends too early, or weights do
+                not fit.
         """
         if int(lengths.sum(dtype=np.int64)) * self.dtype.itemsize != num_bytes:
             raise ValueError(
                 f"{self.prefix}: {num_bytes} bytes do not hold {lengths.sum()} tokens of "
                 f"{self.dtype}"
             )
+        if self._weights is not None:
+            num_tokens = num_bytes // self.dtype.itemsize
+            self._weights.write(self._checked_weights(weights, num_tokens))
         while num_bytes:
             block = source.read(min(num_bytes, COPY_BYTES))
             if not block:

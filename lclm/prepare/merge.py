@@ -16,7 +16,7 @@ from lclm.files import refuse_overwriting
 
 
 def merge_prefixes(prefixes: Sequence[str], output_prefix: str, domain: str = "") -> int:
-    """Join prefixes, in the order given, into `<output_prefix>.bin/.idx/.json`.
+    """Join prefixes, in the order given, into `<output_prefix>.bin/.idx/.json`, and `.weights`.
 
     Shards (`--shard I/N` of tools/preprocess_data.py) are put in their order and must be complete:
     the result then equals that of one run without shards.
@@ -31,8 +31,8 @@ def merge_prefixes(prefixes: Sequence[str], output_prefix: str, domain: str = ""
         Tokens written.
 
     Raises:
-        ValueError: files are missing or damaged, tokenizers or options differ, shards are missing,
-            given twice, or mixed with others.
+        ValueError: files are missing or damaged, tokenizers, options or weights of targets differ,
+            shards are missing, given twice, or mixed with others.
     """
     if len(set(map(os.path.realpath, prefixes))) != len(prefixes) or not prefixes:
         raise ValueError("--input: give at least one prefix, each once")
@@ -43,11 +43,12 @@ def merge_prefixes(prefixes: Sequence[str], output_prefix: str, domain: str = ""
     readers = _in_shard_order(readers)
     first = readers[0].metadata
     vocab_size = int(first["vocab_size"])
-    with IndexedWriter(output_prefix, vocab_size) as writer:
+    with IndexedWriter(output_prefix, vocab_size, readers[0].weight_values) as writer:
         for reader in readers:
             with open(f"{reader.prefix}.bin", "rb") as source:
                 num_bytes = reader.num_tokens * reader.dtype.itemsize
-                writer.add_tokens(source, num_bytes, read_all_lengths(reader.prefix))
+                lengths = read_all_lengths(reader.prefix)
+                writer.add_tokens(source, num_bytes, lengths, reader.weight_numbers)
         names = {reader.metadata.get("domain") for reader in readers}
         agreed = str(first.get("domain")) if len(names) == 1 else Path(output_prefix).name
         writer.metadata = _joined_metadata(readers, domain or agreed)
@@ -73,10 +74,11 @@ def _check_alike(readers: Sequence[IndexedReader]) -> None:
                 f"--input: one of {first.prefix}.json and {reader.prefix}.json names no tokenizer; "
                 "write both with the same one"
             )
-        if reader.has_weights:
+        if reader.weight_values != first.weight_values or reader.is_chat != first.is_chat:
             raise ValueError(
-                f"{reader.prefix}: has weights of targets; only prefixes without can be joined: "
-                "name both in the mixture instead"
+                f"--input: weights of targets are {first.weight_values or 'none'} in "
+                f"{first.prefix} and {reader.weight_values or 'none'} in {reader.prefix}; they "
+                "must be equal: name both in the mixture instead"
             )
         reader.check_dtype()
         if _options_without_shard(reader) != _options_without_shard(first):
@@ -120,6 +122,8 @@ def _joined_metadata(readers: Sequence[IndexedReader], domain: str) -> dict[str,
             else:
                 sources.append(dict(source))
     metadata |= {"sources": sources, "options": _options_without_shard(readers[0])}
+    if readers[0].is_chat:
+        metadata["is_chat"] = True
     for name in ("skipped", "binary_files", "short_documents", "long_documents"):
         metadata[name] = sum(int(reader.metadata.get(name, 0)) for reader in readers)
     return metadata

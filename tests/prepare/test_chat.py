@@ -20,6 +20,7 @@ from lclm.data.stage_rows import StageRows
 from lclm.data.tokenizer import load_tokenizer
 from lclm.prepare.chat import ChatOptions, ChatTemplate, Conversation, check_conversation
 from lclm.prepare.encoder import encode_sources
+from lclm.prepare.merge import merge_prefixes
 from lclm.prepare.readers import find_sources
 from lclm.prepare.resume import Unfinished
 from lclm.prepare.worker import EncodeOptions
@@ -289,11 +290,10 @@ def write_talks(path):
     return lines
 
 
-def encode_talks(folder, path, name, num_workers=1):
+def encode_talks(folder, path, name, num_workers=1, shard=(0, 1), prompt_weight=0.5):
     prefix = path.parent / name / "sft"
-    options = EncodeOptions(
-        ("messages",), num_workers=num_workers, chat=ChatOptions("tokenizer", 0.5)
-    )
+    chat = ChatOptions("tokenizer", prompt_weight)
+    options = EncodeOptions(("messages",), num_workers=num_workers, chat=chat, shard=shard)
     tokenizer = folder[1](CHATML)
     encode_sources(
         find_sources([path]), tokenizer, str(prefix), options, domain="d", block_bytes=2000
@@ -335,6 +335,23 @@ def test_conversations_broken_off_go_on(folder, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     assert encode_talks(folder, tmp_path / "talks.jsonl", "twice") == whole
     assert "going on after 3 units" in caplog.text
+
+
+def test_shards_join_to_the_whole(folder, tmp_path):
+    path = tmp_path / "talks.jsonl"
+    write_talks(path)
+    whole = encode_talks(folder, path, "whole")
+    for number in range(3):
+        encode_talks(folder, path, f"part{number}", shard=(number, 3))
+    shards = [str(tmp_path / f"part{number}/sft") for number in range(3)]
+    merge_prefixes(shards, str(tmp_path / "joined/sft"))
+    joined = {file.name: file.read_bytes() for file in (tmp_path / "joined").iterdir()}
+    trees = [json.loads(files.pop("sft.json")) for files in (whole, joined)]
+    assert joined == whole and trees[0] == trees[1]
+    encode_talks(folder, path, "other", shard=(2, 3), prompt_weight=0.25)
+    other = [*shards[:2], str(tmp_path / "other/sft")]
+    with pytest.raises(ValueError, match=r"weights of targets are \[0.5, 1.0\] in .*part0/sft and"):
+        merge_prefixes(other, str(tmp_path / "no"))
 
 
 def test_rows_of_parquet_are_conversations(folder, tmp_path):
