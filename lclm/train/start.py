@@ -18,7 +18,7 @@ from lclm.checkpoint.folder import (
 )
 from lclm.checkpoint.tokenizer_files import read_travelling
 from lclm.config import Config, ConfigError, RopeScaling
-from lclm.data.indexed import IndexedReader, check_same_tokenizer
+from lclm.data.indexed import IndexedReader, check_same_tokenizer, tokenizer_difference
 from lclm.data.remote import fetch_prefix
 from lclm.data.tokenizer import Tokenizer, load_tokenizer
 from lclm.train.changes import check_changes, describe_data
@@ -119,15 +119,14 @@ def _check_data(config: Config, tokenizer: Tokenizer | None) -> dict[str, Any]:
                 f"than model.vocab_size({config.model.vocab_size}); raise model.vocab_size or "
                 "preprocess with the model's tokenizer"
             )
-        digest = reader.metadata.get("tokenizer", {}).get("sha256")
-        if tokenizer is not None and digest not in (None, tokenizer.sha256):
+        there = reader.metadata.get("tokenizer", {})
+        difference = "" if tokenizer is None else tokenizer_difference(there, tokenizer.describe())
+        if difference:
             logger.warning(
-                "mixture: %s was written with another tokenizer file than data.tokenizer(%s) "
-                "(sha256 %s and %s): correct only if both files hold the same tokenizer",
+                "mixture: %s was written with another tokenizer than data.tokenizer(%s): %s",
                 reader.prefix,
                 config.data.tokenizer,
-                digest[:12],
-                tokenizer.sha256[:12],
+                difference,
             )
     check_same_tokenizer(readers, "mixture")
     return {prefix: describe_data(r) for prefix, r in zip(config.prefixes, readers, strict=True)}

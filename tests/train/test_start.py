@@ -1,5 +1,6 @@
 """Data that does not fit the run or itself is refused before anything is computed or written."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -149,21 +150,26 @@ def test_stages_of_different_tokenizers(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_tokenizer_file_that_did_not_write_the_data_is_warned_of(
+def test_a_tokenizer_that_did_not_write_the_data_is_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("lclm"), "propagate", True)
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
-    Tokenizer(WordLevel({"a": 0, "b": 1}, "a")).save(str(tmp_path / "tokenizer.json"))
-    file = str(tmp_path / "tokenizer.json")
-    good = write(tmp_path / "good", load_tokenizer(file).sha256)
-    start = find_start(config_of(tmp_path, good, data__tokenizer=file))
-    assert start.tokenizer == Path(file) and not caplog.records
-    other = write(tmp_path / "other", "1" * 64)
-    find_start(config_of(tmp_path, other, data__tokenizer=file))
-    assert f"{other} was written with another tokenizer file than data.tokenizer" in caplog.text
+    for name, words in {"one": {"a": 0, "b": 1}, "two": {"a": 1, "b": 0}}.items():
+        (tmp_path / name).mkdir()
+        Tokenizer(WordLevel(words, "a")).save(str(tmp_path / name / "tokenizer.json"))
+    data = write(tmp_path / "data", None)
+    tree = json.loads((tmp_path / "data.json").read_text())
+    described = load_tokenizer(tmp_path / "one").describe()
+    (tmp_path / "data.json").write_text(json.dumps(tree | {"tokenizer": described}))
+    other_spelling = json.dumps(json.loads((tmp_path / "one/tokenizer.json").read_text()), indent=8)
+    (tmp_path / "one/tokenizer.json").write_text(other_spelling)
+    start = find_start(config_of(tmp_path, data, data__tokenizer=str(tmp_path / "one")))
+    assert start.tokenizer == tmp_path / "one" and not caplog.records
+    find_start(config_of(tmp_path, data, data__tokenizer=str(tmp_path / "two")))
+    assert f"{data} was written with another tokenizer than data.tokenizer" in caplog.text
 
 
 def test_a_vocabulary_larger_than_the_models(tmp_path: Path) -> None:
