@@ -1,10 +1,10 @@
 """No tool writes over what it reads: refused with exit status 2 before any work."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
+import tokenizers
 
 from lclm.data.indexed import IndexedWriter
 from lclm.data.tokenizer import load_tokenizer
@@ -38,7 +38,9 @@ def room(tmp_path, tokenizer_files):
     (folder / "repo").mkdir()
     (folder / "repo" / "b.txt").write_text("hello world")
     (tmp_path / "link").symlink_to(folder)
-    shutil.copy(tokenizer_files["hf"], folder / "tokenizer.json")
+    tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_files["hf"]))
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
 
