@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from lclm.checkpoint.folder import CheckpointError, write_info, write_latest
 from lclm.config import Config, ConfigError, ModelConfig, RopeScaling
 from lclm.config_file import dump_toml
 from lclm.data.indexed import IndexedWriter
 from lclm.data.tokenizer import load_tokenizer
+from lclm.hf.safetensors_folder import TensorSpec
+from lclm.hf.torch_dist import write_torch_dist
 from lclm.train.__main__ import main
 from lclm.train.stages import plan_stages, plan_validation
 from lclm.train.start import find_start
@@ -28,6 +31,13 @@ def write(prefix: Path, sha256: str | None, vocab_size: int = VOCAB_SIZE) -> str
         for start in range(40):
             writer.add_document((np.arange(64) + start) % VOCAB_SIZE)
     return str(prefix)
+
+
+def write_weights(folder: Path, **fields: Any) -> None:
+    """A step folder whose files can be read and hold one number."""
+    folder.mkdir(exist_ok=True)
+    write_torch_dist(folder, [TensorSpec("a", (1,), torch.float32)], lambda name: torch.zeros(1))
+    write_info(folder, checkpoint_info(**fields))
 
 
 def config_of(folder: Path, *prefixes: str, **changes: object) -> Config:
@@ -74,8 +84,7 @@ def test_a_model_that_is_left_out_is_that_of_the_weights(
 ) -> None:
     prefix, weights = write(tmp_path / "a", None), tmp_path / "weights"
     config = config_of(tmp_path, prefix)
-    weights.mkdir()
-    write_info(weights, checkpoint_info(model=config.model.recorded_fields(), rope_base=1e4))
+    write_weights(weights, model=config.model.recorded_fields(), rope_base=1e4)
     dump = dump_toml(config).replace('init_from = ""\n', "")
     lines = dump.split("[model]\n")[1].split("\n\n")[0]
 
@@ -113,12 +122,10 @@ def test_weights_of_another_rotary_embedding_are_named(
     monkeypatch.setattr(logging.getLogger("lclm"), "propagate", True)
     prefix, weights = write(tmp_path / "a", None), tmp_path / "weights"
     config = config_of(tmp_path, prefix, model__init_from=str(weights))
-    weights.mkdir()
     llama3 = RopeScaling(type="llama3", factor=8.0)
 
     def start(model: ModelConfig, rope_base: float) -> str:
-        info = checkpoint_info(model=model.recorded_fields(), rope_base=rope_base)
-        write_info(weights, info)
+        write_weights(weights, model=model.recorded_fields(), rope_base=rope_base)
         caplog.clear()
         assert find_start(config).weights == weights
         return caplog.text
