@@ -74,8 +74,8 @@ def read_companions(folder: Path) -> Companions:
             "or added_tokens.json is damaged: fetch it again"
         ) from error
     added.sort(key=lambda token: token.id)
-    ends = [(field, _name(names.get(field))) for field in ("eos_token", "bos_token")]
-    named = {field: name for field, name in ends if name is not None}
+    every = {field: _name(value) for field, value in names.items() if field.endswith("_token")}
+    named = {field: name for field, name in every.items() if name is not None}
     is_old = "added_tokens_decoder" not in config
     return Companions(folder, named, added, is_old, config.get("add_prefix_space"))
 

@@ -7,7 +7,8 @@ an assistant says and the token that ends its turn (ProLong, arXiv 2410.02660; `
 Llama 3); the rest has the prompt weight.
 """
 
-from collections.abc import Callable, Collection, Mapping
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,7 +139,7 @@ class ChatTemplate:
         """
         if not 0 <= options.prompt_weight <= 1:
             raise ValueError(f"--prompt-weight {options.prompt_weight}: must be from 0 to 1")
-        self._encode = make_encoder(tokenizer)
+        self._tokenizer = tokenizer
         self._end_token = end_token = options.end_token
         name = options.template
         self._known: Collection[str] = ()  # names of what it uses beside role and content
@@ -164,6 +165,10 @@ class ChatTemplate:
                 f"tokenizer {tokenizer.path}: has no special token {', '.join(missing)}, which "
                 f"{what} needs; use another --chat-template or tokenizer"
             )
+
+    @functools.cached_property
+    def _encode(self) -> Callable[[str, Sequence[Span]], tuple[list[int], list[Span]]]:
+        return make_encoder(self._tokenizer)  # loads files: not where options are only checked
 
     def encode(self, conversation: Conversation) -> tuple[list[int], list[int]]:
         """Token ids and, for each, 1 for a target and 0 for the prompt.

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lclm.data.tokenizer import Tokenizer
+from lclm.data.tokenizer_files import read_companions
 from lclm.prepare.special_tokens import Span
 
 Message = dict[str, Any]
@@ -359,10 +360,4 @@ def _find_template(tokenizer: Tokenizer) -> tuple[str, dict[str, str]]:
             f"tokenizer {tokenizer.path}: brings no chat template (chat_template.jinja, or "
             "chat_template in tokenizer_config.json); use --chat-template llama3 or chatml"
         )
-    tokens = {}
-    for name, value in config.items():
-        if name.endswith("_token") and not name.startswith("add_"):
-            value = value.get("content") if isinstance(value, dict) else value
-            if isinstance(value, str):
-                tokens[name] = value
-    return source, tokens
+    return source, read_companions(folder).names
